@@ -1,0 +1,483 @@
+"""The HEBackend contract: batched CKKS operations and nothing model-shaped.
+
+`HEBackend` checks operands, keeps levels and scales exact, counts and times every primitive, and hands the arithmetic to the
+adapter's `_methods`. Levels, scales and traces are therefore the same on every backend by construction.
+
+Conventions
+- A ciphertext at level l can be rescaled l times. Its canonical scale is `parameters.scale_at(l)`, with
+  scale_at(l - 1) = scale_at(l)^2 / q_l, so a product of two canonical operands is canonical again after `rescale`.
+- `rotate(ct, s)` moves slot i + s to slot i (left rotation, cyclic over the slots).
+- Values are real vectors of `parameters.slots` entries. `encode` also takes vectors of a power-of-two period p | slots: they stand
+  for their periodic continuation and stay compact.
+- Nothing relinearises, rescales or changes levels implicitly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_he.errors import LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
+
+if TYPE_CHECKING:
+    from hf_he.ckks.parameters import CKKSParameters
+
+SCALE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Ciphertext:
+    """A batch of CKKS ciphertexts. `payload` belongs to the backend; `key_id` names the secret key it was encrypted under."""
+
+    payload: Any = field(repr=False)
+    batch_shape: tuple[int, ...]
+    level: int
+    scale: float
+    key_id: str
+    components: int = 2
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.batch_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plaintext:
+    """A batch of encoded vectors, `period` distinct slots each, usable with ciphertexts at exactly `level`."""
+
+    payload: Any = field(repr=False)
+    batch_shape: tuple[int, ...]
+    level: int
+    scale: float
+    period: int
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationKeys:
+    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation."""
+
+    payload: Any = field(repr=False)
+    key_id: str
+    rotations: frozenset[int]
+    conjugation: bool = False
+
+
+@dataclass(frozen=True)
+class TraceEntry:
+    scope: str
+    primitive: str
+    level: int
+    count: int
+
+
+class OperationLog:
+    """Counts and wall-clock seconds per (scope, primitive), and the ordered trace of levels."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.scope_seconds: Counter[str] = Counter()
+        self.trace: list[TraceEntry] = []
+        self._scopes: list[list[Any]] = []
+
+    @property
+    def scope(self) -> str:
+        return self._scopes[-1][0] if self._scopes else "other"
+
+    @contextmanager
+    def measure(self, scope: str) -> Iterator[None]:
+        """Attribute what happens inside to `scope` (linear, attention, norm, activation, refresh, ...); the innermost wins."""
+        frame = [scope, 0.0]
+        self._scopes.append(frame)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._scopes.pop()
+            self.scope_seconds[scope] += elapsed - frame[1]
+            if self._scopes:
+                self._scopes[-1][1] += elapsed
+
+    @contextmanager
+    def primitive(self, name: str, level: int, count: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        key = (self.scope, name)
+        self.counts[key] += count
+        self.seconds[key] += time.perf_counter() - start
+        self.trace.append(TraceEntry(self.scope, name, level, count))
+
+    def by_primitive(self) -> dict[str, float]:
+        return _sum_by(self.seconds, 1)
+
+    def by_op(self) -> dict[str, float]:
+        return dict(self.scope_seconds)
+
+    def operations(self) -> dict[str, int]:
+        return _sum_by(self.counts, 1)
+
+
+def _sum_by(counter: Counter, index: int) -> dict:
+    out: Counter = Counter()
+    for key, value in counter.items():
+        out[key[index]] += value
+    return dict(out)
+
+
+class HEBackend(ABC):
+    """One backend bound to one parameter set. A server calls `load_evaluation_keys`; secret keys are only ever arguments."""
+
+    name: str
+
+    def __init__(self, parameters: CKKSParameters) -> None:
+        self.parameters = parameters
+        self.log = OperationLog()
+        self.evaluation_keys: EvaluationKeys | None = None
+
+    @classmethod
+    def availability(cls) -> tuple[bool, str]:
+        """Whether this backend runs here, and why not."""
+        return True, "available"
+
+    def capabilities(self) -> dict[str, bool]:
+        return {"bootstrap": False, "conjugate": True, "periodic_plaintexts": True}
+
+    # ---- keys ----
+    @abstractmethod
+    def generate_secret_key(self) -> Any:
+        """A fresh secret key. Its type has no payload in repr, refuses pickling, and carries `key_id`."""
+
+    @abstractmethod
+    def generate_evaluation_keys(self, secret_key: Any, rotations: Iterable[int], *, conjugation: bool = False, progress=None) -> EvaluationKeys:
+        """Relinearisation and Galois keys. `progress`, if given, is called with (done, total)."""
+
+    @abstractmethod
+    def generate_public_key(self, secret_key: Any) -> Any:
+        """An encryption key anyone may hold."""
+
+    def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
+        self.evaluation_keys = keys
+
+    # ---- encoding and encryption ----
+    def encode(self, values: np.ndarray, level: int, scale: float | None = None) -> Plaintext:
+        """Encode [*batch, period] reals (period a power of two dividing slots) at `level`; default scale `scale_at(level)`."""
+        values = np.asarray(values, dtype=np.float64)
+        period = values.shape[-1]
+        if period < 1 or period & (period - 1) or self.parameters.slots % period:
+            raise ShapeError(f"a plaintext's period must be a power of two dividing {self.parameters.slots} slots, got {period}")
+        if not np.isfinite(values).all():
+            raise ShapeError("cannot encode NaN or infinity: check the values (and the model weights) before encoding")
+        self._check_level(level)
+        scale = self.parameters.scale_at(level) if scale is None else scale
+        with self.log.primitive("encode", level, math.prod(values.shape[:-1])):
+            payload = self._encode(values, level, scale)
+        return Plaintext(payload, values.shape[:-1], level, scale, period)
+
+    def encrypt(self, values: np.ndarray, key: Any, level: int | None = None) -> Ciphertext:
+        """Encrypt [*batch, slots] reals under a public or secret key at `level` (default: the top), at the canonical scale."""
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim < 1 or values.shape[-1] != self.parameters.slots:
+            raise ShapeError(f"encrypt takes [*batch, {self.parameters.slots}] values, got {tuple(values.shape)}")
+        if not np.isfinite(values).all():
+            raise ShapeError("cannot encrypt NaN or infinity: check the input")
+        level = self.parameters.max_level if level is None else level
+        self._check_level(level)
+        self._check_fingerprint(key)
+        with self.log.primitive("encrypt", level, math.prod(values.shape[:-1])):
+            payload = self._encrypt(values, key, level, self.parameters.scale_at(level))
+        return Ciphertext(payload, values.shape[:-1], level, self.parameters.scale_at(level), key.key_id)
+
+    def decrypt(self, ct: Ciphertext, secret_key: Any) -> np.ndarray:
+        """[*batch, slots] float64. Raises WrongKeyError when the key is not the ciphertext's."""
+        self._check_fingerprint(secret_key)
+        if ct.key_id != secret_key.key_id:
+            raise WrongKeyError(f"this ciphertext was encrypted under key {ct.key_id}, not {secret_key.key_id}: use the key file written by the same `hf-he keygen`")
+        with self.log.primitive("decrypt", ct.level, ct.count):
+            return self._decrypt(ct, secret_key)
+
+    # ---- linear, no level ----
+    def add(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+        self._check_pair(a, b, same_scale=True)
+        shape = _broadcast(a.batch_shape, b.batch_shape)
+        with self.log.primitive("add", a.level, math.prod(shape)):
+            payload = self._add(a, b)
+        return replace(a, payload=payload, batch_shape=shape, components=max(a.components, b.components))
+
+    def subtract(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+        self._check_pair(a, b, same_scale=True)
+        shape = _broadcast(a.batch_shape, b.batch_shape)
+        with self.log.primitive("add", a.level, math.prod(shape)):
+            payload = self._subtract(a, b)
+        return replace(a, payload=payload, batch_shape=shape, components=max(a.components, b.components))
+
+    def negate(self, a: Ciphertext) -> Ciphertext:
+        with self.log.primitive("add", a.level, a.count):
+            return replace(a, payload=self._negate(a))
+
+    def add_plain(self, a: Ciphertext, b: Plaintext) -> Ciphertext:
+        self._check_plain(a, b)
+        self._check_scales(a.scale, b.scale)
+        shape = _broadcast(a.batch_shape, b.batch_shape)
+        with self.log.primitive("add", a.level, math.prod(shape)):
+            return replace(a, payload=self._add_plain(a, b), batch_shape=shape)
+
+    def add_scalar(self, a: Ciphertext, value: float) -> Ciphertext:
+        with self.log.primitive("add", a.level, a.count):
+            return replace(a, payload=self._add_scalar(a, float(value)))
+
+    def sum(self, a: Ciphertext) -> Ciphertext:
+        """Sum over the leading batch axis."""
+        self._check_axis(a)
+        with self.log.primitive("add", a.level, a.count - a.count // a.batch_shape[0]):
+            return replace(a, payload=self._sum(a), batch_shape=a.batch_shape[1:])
+
+    # ---- products: the scale becomes the product of the scales; rescale afterwards ----
+    def multiply(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+        """Batched ciphertext product with 3 components; `relinearize` (possibly after sums) before the next product or rotation."""
+        self._check_pair(a, b)
+        self._check_two(a)
+        self._check_two(b)
+        self._check_product(a, b.scale)
+        shape = _broadcast(a.batch_shape, b.batch_shape)
+        with self.log.primitive("multiply", a.level, math.prod(shape)):
+            payload = self._multiply(a, b)
+        return replace(a, payload=payload, batch_shape=shape, scale=a.scale * b.scale, components=3)
+
+    def multiply_plain(self, a: Ciphertext, b: Plaintext) -> Ciphertext:
+        self._check_plain(a, b)
+        self._check_product(a, b.scale)
+        shape = _broadcast(a.batch_shape, b.batch_shape)
+        with self.log.primitive("multiply_plain", a.level, math.prod(shape)):
+            return replace(a, payload=self._multiply_plain(a, b), batch_shape=shape, scale=a.scale * b.scale)
+
+    def multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Ciphertext:
+        """sum_k plain[g, k] * a[k, *batch] -> [g, *batch]: the fused inner loop of a diagonal matrix product."""
+        self._check_plain(a, plain)
+        self._check_product(a, plain.scale)
+        if len(plain.batch_shape) != 2 or not a.batch_shape or plain.batch_shape[1] != a.batch_shape[0]:
+            raise ShapeError(f"multiply_plain_sum takes plaintexts [g, k] and ciphertexts [k, ...], got {plain.batch_shape} and {a.batch_shape}")
+        shape = (plain.batch_shape[0], *a.batch_shape[1:])
+        with self.log.primitive("multiply_plain", a.level, plain.batch_shape[0] * a.count):
+            return replace(a, payload=self._multiply_plain_sum(plain, a), batch_shape=shape, scale=a.scale * plain.scale)
+
+    def multiply_scalar(self, a: Ciphertext, value: float, scale: float | None = None) -> Ciphertext:
+        """Multiply by round(value * scale), scale defaulting to `scale_at(level)`."""
+        scale = self.parameters.scale_at(a.level) if scale is None else scale
+        self._check_product(a, scale)
+        with self.log.primitive("multiply_scalar", a.level, a.count):
+            return replace(a, payload=self._multiply_integer(a, round(value * scale)), scale=a.scale * scale)
+
+    def linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Ciphertext:
+        """Integer weights [out, in] (|w| < 2^25) times ciphertexts [in, *batch] -> [out, *batch]; the scale does not change."""
+        weights = np.asarray(weights)
+        if weights.ndim != 2 or not a.batch_shape or weights.shape[1] != a.batch_shape[0]:
+            raise ShapeError(f"linear_combination takes weights [out, in] and ciphertexts [in, ...], got {weights.shape} and {a.batch_shape}")
+        if not np.issubdtype(weights.dtype, np.integer) or np.abs(weights).max(initial=0) >= 2**25:
+            raise ShapeError("linear_combination takes integer weights below 2^25 in magnitude: scale and round them first")
+        with self.log.primitive("linear_combination", a.level, weights.shape[0] * a.count):
+            return replace(a, payload=self._linear_combination(weights, a), batch_shape=(weights.shape[0], *a.batch_shape[1:]))
+
+    def relinearize(self, a: Ciphertext) -> Ciphertext:
+        if a.components == 2:
+            return a
+        self._keys_for(a)
+        with self.log.primitive("relinearize", a.level, a.count):
+            return replace(a, payload=self._relinearize(a), components=2)
+
+    def rescale(self, a: Ciphertext) -> Ciphertext:
+        """Divide by the last prime: one level, scale / q_level. Works on 2 or 3 components."""
+        if a.level < 1:
+            raise LevelError("no level left to rescale: refresh the ciphertext first, or choose parameters with more levels")
+        with self.log.primitive("rescale", a.level, a.count):
+            payload = self._rescale(a)
+        return replace(a, payload=payload, level=a.level - 1, scale=a.scale / self.parameters.moduli[a.level])
+
+    def drop_level(self, a: Ciphertext, level: int) -> Ciphertext:
+        """Forget limbs down to `level`; the scale stays what it was (use `match_level` for a canonical result)."""
+        if not 0 <= level <= a.level:
+            raise LevelError(f"cannot drop from level {a.level} to {level}")
+        return a if level == a.level else replace(a, payload=self._drop_level(a, level), level=level)
+
+    def match_level(self, a: Ciphertext, level: int) -> Ciphertext:
+        """The same values at a lower level and its canonical scale; free when already there, one scalar product and rescale otherwise."""
+        if a.level == level:
+            return a
+        if level > a.level:
+            raise LevelError(f"this ciphertext is at level {a.level}, level {level} was asked for: refresh it first")
+        a = self.drop_level(a, level + 1)
+        factor = self.parameters.scale_at(level) * self.parameters.moduli[level + 1] / a.scale
+        return self.rescale(self.multiply_scalar(a, 1.0, scale=factor))
+
+    # ---- automorphisms ----
+    def rotate(self, a: Ciphertext, steps: Sequence[int]) -> Ciphertext:
+        """All rotations of `a` by `steps`, hoisted: [len(steps), *batch]. Step 0 is a copy and needs no key."""
+        steps = self._check_steps(a, steps)
+        with self.log.primitive("rotate", a.level, a.count * sum(s != 0 for s in steps)):
+            return replace(a, payload=self._rotate(a, steps), batch_shape=(len(steps), *a.batch_shape))
+
+    def sum_rotated(self, a: Ciphertext, steps: Sequence[int]) -> Ciphertext:
+        """sum_g rotate(a[g], steps[g]) for a [g, *batch] -> [*batch]: the giant steps of a matrix product, one ModDown."""
+        self._check_axis(a)
+        steps = self._check_steps(a, steps)
+        if len(steps) != a.batch_shape[0]:
+            raise ShapeError(f"sum_rotated needs one step per leading entry: {len(steps)} steps for {a.batch_shape[0]}")
+        rest = a.count // a.batch_shape[0]
+        with self.log.primitive("rotate", a.level, rest * sum(s != 0 for s in steps)):
+            return replace(a, payload=self._sum_rotated(a, steps), batch_shape=a.batch_shape[1:])
+
+    def conjugate(self, a: Ciphertext) -> Ciphertext:
+        self._check_two(a)
+        if not self._keys_for(a).conjugation:
+            raise MissingKeyError("no conjugation key: generate the evaluation keys with conjugation=True")
+        with self.log.primitive("conjugate", a.level, a.count):
+            return replace(a, payload=self._conjugate(a))
+
+    # ---- batch structure: views where the payload allows ----
+    def take(self, a: Ciphertext, index: int | slice) -> Ciphertext:
+        """Index the leading batch axis."""
+        self._check_axis(a)
+        shape = a.batch_shape[1:] if isinstance(index, int) else (len(range(*index.indices(a.batch_shape[0]))), *a.batch_shape[1:])
+        return replace(a, payload=self._take(a, index), batch_shape=shape)
+
+    def stack(self, items: Sequence[Ciphertext]) -> Ciphertext:
+        """Stack ciphertexts of one level, scale and shape along a new leading axis."""
+        first = items[0]
+        for other in items[1:]:
+            self._check_pair(first, other, same_scale=True)
+            if other.batch_shape != first.batch_shape or other.components != first.components:
+                raise ShapeError("stack needs ciphertexts of one batch shape and component count")
+        return replace(first, payload=self._stack(items), batch_shape=(len(items), *first.batch_shape))
+
+    def reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Ciphertext:
+        if math.prod(batch_shape) != a.count:
+            raise ShapeError(f"cannot reshape a batch of {a.batch_shape} to {batch_shape}")
+        return replace(a, payload=self._reshape(a, batch_shape), batch_shape=batch_shape)
+
+    # ---- bytes: the container of hf_he.serialization; loaders raise CorruptFileError, ParameterError or WrongKeyError ----
+    @abstractmethod
+    def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
+        """Bytes of a Ciphertext, EvaluationKeys, public key, or (with allow_secret=True) a secret key."""
+
+    @abstractmethod
+    def deserialize(self, data: bytes, kind: str) -> Any:
+        """The inverse; kind in {"ciphertext", "evaluation_keys", "public_key", "secret_key"} must match what the bytes hold."""
+
+    # ---- what an adapter implements: payloads in, payloads out, operands already checked ----
+    @abstractmethod
+    def _encode(self, values: np.ndarray, level: int, scale: float) -> Any: ...
+    @abstractmethod
+    def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> Any: ...
+    @abstractmethod
+    def _decrypt(self, ct: Ciphertext, secret_key: Any) -> np.ndarray: ...
+    @abstractmethod
+    def _add(self, a: Ciphertext, b: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _subtract(self, a: Ciphertext, b: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _negate(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _add_plain(self, a: Ciphertext, b: Plaintext) -> Any: ...
+    @abstractmethod
+    def _add_scalar(self, a: Ciphertext, value: float) -> Any: ...
+    @abstractmethod
+    def _sum(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _multiply(self, a: Ciphertext, b: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> Any: ...
+    @abstractmethod
+    def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _multiply_integer(self, a: Ciphertext, value: int) -> Any: ...
+    @abstractmethod
+    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _relinearize(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _rescale(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _drop_level(self, a: Ciphertext, level: int) -> Any: ...
+    @abstractmethod
+    def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> Any: ...
+    @abstractmethod
+    def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Any: ...
+    @abstractmethod
+    def _conjugate(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _take(self, a: Ciphertext, index: int | slice) -> Any: ...
+    @abstractmethod
+    def _stack(self, items: Sequence[Ciphertext]) -> Any: ...
+    @abstractmethod
+    def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Any: ...
+
+    # ---- checks ----
+    def _check_level(self, level: int) -> None:
+        if not 0 <= level <= self.parameters.max_level:
+            raise LevelError(f"level {level} is outside 0..{self.parameters.max_level} of these parameters")
+
+    def _check_fingerprint(self, key: Any) -> None:
+        if key.fingerprint != self.parameters.fingerprint:
+            raise ParameterError("this key was generated for other CKKS parameters: use the parameter set named in its file, or generate new keys")
+
+    def _check_pair(self, a: Ciphertext, b: Ciphertext, same_scale: bool = False) -> None:
+        if a.key_id != b.key_id:
+            raise WrongKeyError("the two ciphertexts belong to different secret keys")
+        if a.level != b.level:
+            raise LevelError(f"operands are at levels {a.level} and {b.level}: bring them together with match_level")
+        if same_scale:
+            self._check_scales(a.scale, b.scale)
+
+    def _check_scales(self, a: float, b: float) -> None:
+        if abs(a / b - 1) > SCALE_TOLERANCE:
+            raise ScaleMismatchError(f"scales 2^{math.log2(a):.4f} and 2^{math.log2(b):.4f} differ: rescale, or use match_level")
+
+    def _check_plain(self, a: Ciphertext, b: Plaintext) -> None:
+        if a.level != b.level:
+            raise LevelError(f"the plaintext was encoded at level {b.level}, the ciphertext is at {a.level}: encode it at the ciphertext's level")
+
+    def _check_product(self, a: Ciphertext, scale: float) -> None:
+        bits = math.log2(a.scale * scale)
+        if bits > self.parameters.log2_modulus(a.level) - 1:
+            raise ScaleMismatchError(f"a scale of 2^{bits:.1f} does not fit the modulus of level {a.level}: rescale before multiplying")
+
+    def _check_two(self, a: Ciphertext) -> None:
+        if a.components != 2:
+            raise ShapeError("this ciphertext has 3 components: relinearize it first")
+
+    def _check_axis(self, a: Ciphertext) -> None:
+        if not a.batch_shape:
+            raise ShapeError("this operation works on the leading batch axis; the ciphertext has none")
+
+    def _keys_for(self, a: Ciphertext) -> EvaluationKeys:
+        if self.evaluation_keys is None:
+            raise MissingKeyError("no evaluation keys are loaded: call load_evaluation_keys first")
+        if self.evaluation_keys.key_id != a.key_id:
+            raise WrongKeyError(f"the ciphertext belongs to key {a.key_id}, the loaded evaluation keys to {self.evaluation_keys.key_id}")
+        return self.evaluation_keys
+
+    def _check_steps(self, a: Ciphertext, steps: Sequence[int]) -> tuple[int, ...]:
+        self._check_two(a)
+        steps = tuple(int(s) % self.parameters.slots for s in steps)
+        missing = sorted({s for s in steps if s} - self._keys_for(a).rotations) if any(steps) else []
+        if missing:
+            raise MissingKeyError(f"no Galois key for rotation steps {missing}: list them when generating the evaluation keys")
+        return steps
+
+
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(a, b)
+    except ValueError:
+        raise ShapeError(f"batch shapes {a} and {b} do not broadcast") from None
