@@ -1,0 +1,64 @@
+"""Backends by name. Adding one is one adapter file and one line in `BACKENDS`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, OperationLog, Plaintext
+from hf_he.backends.keys import SecretKeyBase
+from hf_he.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from hf_he.ckks.parameters import CKKSParameters
+
+BACKENDS = {
+    "native": "hf_he.backends.native:NativeBackend",
+    "simulator": "hf_he.backends.simulator:SimulatorBackend",
+}
+DEFAULT_BACKEND = "native"
+
+__all__ = [
+    "BACKENDS",
+    "Ciphertext",
+    "EvaluationKeys",
+    "HEBackend",
+    "OperationLog",
+    "Plaintext",
+    "SecretKeyBase",
+    "available_backends",
+    "backend_class",
+    "get_backend",
+]
+
+
+def backend_class(name: str = "auto") -> type[HEBackend]:
+    """The adapter class called `name` ("auto" = native). Raises BackendUnavailableError when it cannot be imported."""
+    name = DEFAULT_BACKEND if name == "auto" else name
+    if name not in BACKENDS:
+        raise BackendUnavailableError(f"there is no backend called {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise BackendUnavailableError(f"the {name} backend cannot be imported ({error}): install what it needs, or choose another backend") from error
+
+
+def get_backend(name: str, parameters: CKKSParameters) -> HEBackend:
+    """A backend of the given name for one parameter set. Raises BackendUnavailableError with the reason when it cannot run here."""
+    cls = backend_class(name)
+    ok, reason = cls.availability()
+    if not ok:
+        raise BackendUnavailableError(f"the {cls.name} backend cannot run here: {reason}")
+    return cls(parameters)
+
+
+def available_backends() -> dict[str, tuple[bool, str]]:
+    """Each backend's name with whether it runs here, and why not."""
+    found = {}
+    for name in BACKENDS:
+        try:
+            found[name] = backend_class(name).availability()
+        except BackendUnavailableError as error:
+            found[name] = (False, str(error))
+    return found
