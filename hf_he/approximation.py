@@ -144,11 +144,35 @@ class KernelExponential:
         return (1.0 + x * (1.0 / self.degree)) ** self.degree
 
 
+@lru_cache(maxsize=1024)
+def halve_series(coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], bool] | None:
+    """Half as many coefficients for a series of one parity, up to its terms 0 and 1: (reduced, odd), or None.
+
+    Even (GELU, ReLU, with a T_1 term): sum_j reduced[j] T_j(2 t^2 - 1) + c_1 t. Odd (tanh and the derivatives of the even ones, with
+    a constant): t sum_j reduced[j] T_j(2 t^2 - 1) + c_0.
+    """
+    if len(coefficients) <= 4:
+        return None
+    if not any(coefficients[3::2]):
+        return coefficients[::2], False
+    if any(coefficients[2::2]):
+        return None
+    reduced, suffix = [], 0.0
+    for c in coefficients[1::2][::-1]:
+        suffix = c - suffix
+        reduced.append(2.0 * suffix)
+    reduced[-1] = suffix
+    return tuple(reduced[::-1]), True
+
+
 def evaluate_chebyshev(coefficients: tuple[float, ...], t: Array) -> Array:
-    """sum_j coefficients[j] T_j(t) by Clenshaw; a series of even terms plus c_1 T_1 (GELU, ReLU) takes half the steps in 2 t^2 - 1."""
-    if len(coefficients) > 4 and not any(coefficients[3::2]):
-        return _clenshaw(coefficients[::2], 2.0 * t * t - 1.0) + coefficients[1] * t
-    return _clenshaw(coefficients, t)
+    """sum_j coefficients[j] T_j(t) by Clenshaw, in half the steps when the series has a parity."""
+    halved = halve_series(coefficients)
+    if halved is None:
+        return _clenshaw(coefficients, t)
+    reduced, odd = halved
+    inner = _clenshaw(reduced, 2.0 * t * t - 1.0)
+    return inner * t + coefficients[0] if odd else inner + coefficients[1] * t
 
 
 def _clenshaw(coefficients: tuple[float, ...], t: Array) -> Array:
