@@ -1,0 +1,269 @@
+"""Attention without softmax, for any model on transformers' attention interface.
+
+- `gaussian_kernel` (Rho et al., "Encryption-Friendly LLM Architecture", ICLR 2025): weights exp(-||q - k||^2 / (2 sqrt(head_dim))), not
+  normalised, so that no division is left and the exponent is never positive.
+- `power_softmax` (Zimerman et al., "Power-Softmax", arXiv 2410.09457): weights x^p / (eps + sum x^p) of the scores x, p even. A patent
+  family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing self-attention with a power softmax under homomorphic encryption;
+  check it before use.
+
+Both multiply by a 0/1 mask, which is exact: masked weights are 0, there is no -inf. Importing this module registers the attention
+functions and their masks, after which `attn_implementation="gaussian_kernel"` works. transformers does not save that name in config.json,
+and a model that does not use the interface ignores it silently: see `check_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+from transformers import PreTrainedModel
+
+from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, sdpa_mask
+from hf_he.errors import UnsupportedModelError
+from hf_he.nn import observe
+
+DEFAULT_POWER = 4
+DEFAULT_POWER_EPS = 1e-3
+
+
+def gaussian_kernel_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Un-normalised Gaussian-kernel attention. Overridable through `__torch_function__` of query, key or value.
+
+    The exponent is -scaling / 2 (||q||^2 + ||k||^2 - 2 q.k); its exponential is the real one, or `module.kernel_approximation` (a
+    `KernelExponential`) in polynomial mode.
+
+    Args:
+        query: [B, heads, T, head_dim]; `key` and `value`: [B, heads / groups, S, head_dim].
+        attention_mask: 0/1 or boolean, broadcastable to [B, heads, T, S]; 1 keeps. None keeps everything.
+        scaling: 1 / sqrt(head_dim) when None.
+        dropout: probability on the weights while training.
+
+    Returns:
+        output [B, T, heads, head_dim] and the weights [B, heads, T, S].
+
+    Raises:
+        RangeError: polynomial mode, outside a `RangeTracker`, an exponent left the fitted interval.
+        UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks / position biases.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            gaussian_kernel_attention,
+            (query, key, value),
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+    key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
+    squared_distance = query.square().sum(-1).unsqueeze(-1) + key.square().sum(-1).unsqueeze(-2)
+    squared_distance = squared_distance - 2.0 * (query @ key.transpose(-1, -2))
+    exponent = (-0.5 * scaling * squared_distance).clamp(max=0.0)
+    approximation = getattr(module, "kernel_approximation", None)
+    observe(module, "exponent", exponent, approximation)
+    weights = torch.exp(exponent) if approximation is None else approximation(exponent)
+    if mask is not None:
+        weights = weights * mask
+    return _weighted_sum(module, weights, value, dropout)
+
+
+def power_softmax_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Power-softmax attention; arguments, results and errors as for `gaussian_kernel_attention`.
+
+    `module.config` may set `power_softmax_degree` (even, default 4), `power_softmax_eps` (default 1e-3) and
+    `power_softmax_length_agnostic`: False, eps is added to the sum of x^p; True, to the mean over the row's valid keys. Without an
+    approximation the numerically stable form runs; with `module.kernel_approximation` (a `Reciprocal` of eps + mean x^p) the raw
+    length-agnostic form that is evaluated under encryption.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            power_softmax_attention,
+            (query, key, value),
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+    key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
+    config = getattr(module, "config", None)
+    power = getattr(config, "power_softmax_degree", DEFAULT_POWER)
+    eps = getattr(config, "power_softmax_eps", DEFAULT_POWER_EPS)
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    length: torch.Tensor | float = float(key.shape[-2])
+    if mask is not None:
+        scores = scores * mask
+        length = mask.sum(-1, keepdim=True).clamp(min=1.0)
+    approximation = getattr(module, "kernel_approximation", None)
+    mean_eps = eps if getattr(config, "power_softmax_length_agnostic", False) else eps / length
+    if approximation is None:
+        observe(module, "power_mean", power_mean(scores, power, mean_eps, length), None)
+        weights = stable_power_softmax(scores, power, mean_eps * length)
+    else:
+        powers = scores**power
+        denominator = mean_eps + powers.sum(-1, keepdim=True) / length
+        observe(module, "power_mean", denominator, approximation)
+        weights = powers * (approximation(denominator) / length)
+    return _weighted_sum(module, weights, value, dropout)
+
+
+def stable_power_softmax(scores: torch.Tensor, power: int, eps: float | torch.Tensor) -> torch.Tensor:
+    """scores^p / (eps + sum scores^p) over the last dimension without overflow: rows are divided by c = max |score| and eps by c^p,
+    which leaves the function (and hence its gradient, c being a constant) unchanged."""
+    largest = scores.detach().abs().amax(-1, keepdim=True) + 1e-4
+    powers = (scores / largest) ** power
+    return powers / (eps / largest**power + powers.sum(-1, keepdim=True))
+
+
+def power_mean(scores: torch.Tensor, power: int, eps: float | torch.Tensor, length: float | torch.Tensor) -> torch.Tensor:
+    """eps + (sum scores^p) / length over the last dimension: the quantity whose reciprocal the length-agnostic form needs."""
+    return eps + (scores**power).sum(-1, keepdim=True) / length
+
+
+def keep_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Boolean mask [B, 1, T, S], True keeps, never skipped: attention functions here multiply by it instead of adding -inf."""
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    kwargs.pop("dtype", None)
+    return sdpa_mask(*args, **kwargs)
+
+
+ATTENTION_FUNCTIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "gaussian_kernel": gaussian_kernel_attention,
+    "power_softmax": power_softmax_attention,
+}
+
+for _name, _function in ATTENTION_FUNCTIONS.items():
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, keep_mask)
+
+
+@dataclass(frozen=True)
+class AttentionCheck:
+    """What `check_attention` saw: calls of the attention function in one forward, whether the model is causal, and the largest
+    change of an earlier position's output when the last token changes (None when the model is not causal)."""
+
+    calls: int
+    causal: bool
+    future_leak: float | None
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel, name: str = "gaussian_kernel", num_tokens: int = 6) -> AttentionCheck:
+    """Run `model` on a few tokens with attention `name` and make sure that it is really used and, in a causal model, sees no future.
+
+    The model keeps its own attention, mode and training flag.
+
+    Raises:
+        UnsupportedModelError: the model never calls the function, refuses the name, or leaks future tokens.
+    """
+    if name not in ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(f"No attention named {name!r}; known: {', '.join(ATTENTION_FUNCTIONS)}.")
+    modules: list[nn.Module] = []
+
+    def counting(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        modules.append(module)
+        return ATTENTION_FUNCTIONS[name](module, *args, **kwargs)
+
+    original, training = model.config._attn_implementation, model.training
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(num_tokens, device=model.device).remainder(vocabulary - 2).unsqueeze(0) + 1
+    ALL_ATTENTION_FUNCTIONS[name] = counting
+    try:
+        model.eval()
+        _set_attention(model, name)
+        before = model(input_ids=tokens)[0]
+        calls, causal = len(modules), any(getattr(module, "is_causal", False) for module in modules)
+        if not calls:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ignores attn_implementation={name!r}: it does not use transformers' attention interface, and "
+                "would go on with its own softmax. Use a model that does, or port its attention."
+            )
+        if not causal:
+            return AttentionCheck(calls, False, None)
+        changed = tokens.clone()
+        changed[0, -1] = tokens[0, -1] % (vocabulary - 1) + 1
+        after = model(input_ids=changed)[0]
+        leak = float((after[:, :-1] - before[:, :-1]).abs().max())
+        if leak != 0.0:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} leaks future tokens with {name!r}: changing the last token moves earlier outputs by {leak:.3g}. "
+                "Its causal mask does not reach the attention function."
+            )
+        return AttentionCheck(calls, True, leak)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+        _set_attention(model, original)
+        model.train(training)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"{type(model).__name__} refuses attn_implementation={name!r}: {error}") from error
+
+
+def _prepare(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
+    """Repeat grouped keys and values, default the scaling, and turn the mask into 0/1 numbers of the query's type."""
+    for argument in ("s_aux", "position_bias"):
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} passes {argument!r}, which only means something to softmax attention.")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None:
+        if getattr(module, "is_causal", False) and query.shape[-2] > 1:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is causal but no mask arrived: its model builds masks for another attention implementation."
+            )
+        return key, value, None, scaling
+    if attention_mask.is_floating_point() and bool((attention_mask < 0).any()):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes an additive mask; a 0/1 or boolean one is needed (1 keeps). Its model builds the mask itself."
+        )
+    return key, value, attention_mask[..., : key.shape[-2]].to(query.dtype), scaling
+
+
+def _weighted_sum(
+    module: nn.Module, weights: torch.Tensor, value: torch.Tensor, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
