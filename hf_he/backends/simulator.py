@@ -1,0 +1,278 @@
+"""The simulator: plaintext values behind the HEBackend contract, with the levels, scales, overflows and noise of real CKKS.
+
+It protects nothing. A payload holds what the slots of the encoded polynomial hold, that is value * scale, and an estimate of the error;
+"encryption" adds noise from a numpy generator, as do key switching, rescaling and encoding, so results carry errors of the size a real
+backend gives, and a wrong scale gives wrong values here too. Levels, scales, operation counts and traces come from the base class and
+are those of every other backend.
+
+Noise model: a polynomial with independent coefficient errors of standard deviation s has slot errors of s * sqrt(N / 2), since the
+canonical embedding multiplies the variance by N and splits it over real and imaginary parts. Coefficient errors follow the usual
+average-case analysis for uniform ternary secrets (variance 2/3): fresh encryption, digit-wise key switching divided by P, rounding
+in rescaling and in encoding. `noise` reports the estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
+from hf_he.backends.keys import SecretKeyBase, new_key_id
+from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
+from hf_he.errors import CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError
+from hf_he.serialization import pack, unpack
+
+TERNARY_VARIANCE = 2.0 / 3.0
+ROUNDING_VARIANCE = 1.0 / 12.0
+
+
+class SimulatorSecretKey(SecretKeyBase):
+    """Only a name: the simulator has nothing to hide."""
+
+
+@dataclass(frozen=True)
+class SimulatorPublicKey:
+    key_id: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Slots:
+    """value * scale, [*batch, slots] (a plaintext: [*batch, period]), and the estimated standard deviation [*batch] of its error."""
+
+    values: np.ndarray
+    noise: np.ndarray
+
+
+class SimulatorBackend(HEBackend):
+    """HEBackend on plaintext values; see the module's text for what is exact and what is modelled."""
+
+    name = "simulator"
+
+    def __init__(self, parameters: CKKSParameters, seed: int | None = None) -> None:
+        super().__init__(parameters)
+        self._generator = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
+        self.rotations_used: Counter[int] = Counter()
+
+    def capabilities(self) -> dict[str, bool]:
+        return {**super().capabilities(), "simulated": True}
+
+    def noise(self, ct: Ciphertext) -> np.ndarray:
+        """[*batch] estimated standard deviation of the errors of the decrypted values."""
+        return np.broadcast_to(ct.payload.noise, ct.batch_shape) / ct.scale
+
+    # ---- keys ----
+    def generate_secret_key(self) -> SimulatorSecretKey:
+        return SimulatorSecretKey(new_key_id(), self.parameters.fingerprint)
+
+    def generate_public_key(self, secret_key: SimulatorSecretKey) -> SimulatorPublicKey:
+        self._check_fingerprint(secret_key)
+        return SimulatorPublicKey(secret_key.key_id, secret_key.fingerprint)
+
+    def generate_evaluation_keys(
+        self,
+        secret_key: SimulatorSecretKey,
+        rotations: Iterable[int],
+        *,
+        conjugation: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> EvaluationKeys:
+        self._check_fingerprint(secret_key)
+        steps = frozenset(int(s) % self.parameters.slots for s in rotations) - {0}
+        if progress is not None:
+            progress(len(steps), len(steps))
+        return EvaluationKeys(None, secret_key.key_id, steps, conjugation)
+
+    # ---- bytes ----
+    def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
+        metadata = {"backend": self.name, "parameters": json.dumps(self.parameters.to_dict()), "fingerprint": self.parameters.fingerprint}
+        metadata["key_id"] = item.key_id
+        if isinstance(item, Ciphertext):
+            metadata |= {"level": str(item.level), "scale": item.scale.hex(), "components": str(item.components)}
+            return pack("ciphertext", {"values": item.payload.values, "noise": item.payload.noise}, metadata)
+        if isinstance(item, EvaluationKeys):
+            steps = np.array(sorted(item.rotations), dtype=np.int64)
+            return pack("evaluation_keys", {"rotations": steps}, {**metadata, "conjugation": str(int(item.conjugation))})
+        if isinstance(item, SimulatorPublicKey):
+            return pack("public_key", {}, metadata)
+        if isinstance(item, SecretKeyBase):
+            if not allow_secret:
+                raise SecretKeyOnServerError("serialising a secret key needs allow_secret=True: do it on the client only, into a file only its owner reads")
+            return pack("secret_key", {}, metadata)
+        raise ParameterError(f"the simulator cannot serialise a {type(item).__name__}")
+
+    def deserialize(self, data: bytes, kind: str) -> Any:
+        arrays, metadata = unpack(data, kind)
+        if metadata.get("backend") != self.name:
+            raise ParameterError(f"this file was written by the {metadata.get('backend')} backend: load it with that backend")
+        if metadata.get("fingerprint") != self.parameters.fingerprint:
+            raise ParameterError("this file was made for other CKKS parameters: use the parameter set it names, or make it again")
+        try:
+            return self._read(kind, arrays, metadata)
+        except (KeyError, ValueError, AttributeError) as error:
+            raise CorruptFileError(f"this {kind} file misses or garbles a field ({error}): write it again with this version") from None
+
+    def _read(self, kind: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Any:
+        key_id = metadata["key_id"]
+        if kind == "secret_key":
+            return SimulatorSecretKey(key_id, self.parameters.fingerprint)
+        if kind == "public_key":
+            return SimulatorPublicKey(key_id, self.parameters.fingerprint)
+        if kind == "evaluation_keys":
+            return EvaluationKeys(None, key_id, frozenset(int(s) for s in arrays["rotations"]), metadata["conjugation"] == "1")
+        values, noise = arrays["values"].astype(np.float64), arrays["noise"].astype(np.float64)
+        level, scale, components = int(metadata["level"]), float.fromhex(metadata["scale"]), int(metadata["components"])
+        if values.ndim < 1 or values.shape[-1] != self.parameters.slots or noise.shape != values.shape[:-1] or components not in (2, 3):
+            raise ValueError("array shapes")
+        if not (0 <= level <= self.parameters.max_level and math.isfinite(scale) and scale > 0 and np.isfinite(values).all()):
+            raise ValueError("level, scale or values")
+        return Ciphertext(Slots(values, noise), values.shape[:-1], level, scale, key_id, components)
+
+    # ---- noise model: coefficient variances ----
+    def _slot_noise(self, coefficient_variance: float) -> float:
+        return math.sqrt(coefficient_variance * self.parameters.ring_degree / 2)
+
+    def _rounding_noise(self, components: int) -> float:
+        secret = self.parameters.ring_degree * TERNARY_VARIANCE
+        return self._slot_noise(ROUNDING_VARIANCE * sum(secret**power for power in range(components)))
+
+    def _key_switch_noise(self, level: int) -> float:
+        p = self.parameters
+        special = sum(math.log2(q) for q in p.special_moduli)
+        variance = 0.0
+        for start in range(0, level + 1, p.digit_size):
+            digit = sum(math.log2(q) for q in p.moduli[start : min(start + p.digit_size, level + 1)])
+            variance += p.ring_degree * ROUNDING_VARIANCE * ERROR_STANDARD_DEVIATION**2 * 4.0 ** (digit - special)
+        return math.hypot(self._slot_noise(variance), self._rounding_noise(2))
+
+    def _noisy(self, values: np.ndarray, noise: np.ndarray, added: float, level: int) -> Slots:
+        """`values` with fresh noise of standard deviation `added`."""
+        values = values + self._generator.standard_normal(values.shape) * added
+        return self._checked(values, np.hypot(noise, added), level)
+
+    def _checked(self, values: np.ndarray, noise: np.ndarray, level: int) -> Slots:
+        largest = float(np.max(np.abs(values), initial=1.0))
+        if math.log2(largest) > self.parameters.log2_modulus(level) - 1:
+            raise ScaleMismatchError(
+                f"a slot holds 2^{math.log2(largest):.1f}, which overflows the modulus 2^{self.parameters.log2_modulus(level):.1f} of level {level}: "
+                "a value left its range, or the ciphertext must be refreshed at a higher level first"
+            )
+        return Slots(values, noise)
+
+    # ---- encoding and encryption ----
+    def _encode(self, values: np.ndarray, level: int, scale: float) -> Slots:
+        # a vector of period p has 2p non-zero coefficients, each rounded: the slot error shrinks with the period
+        noise = math.sqrt(ROUNDING_VARIANCE * values.shape[-1])
+        return self._noisy(values * scale, np.zeros(values.shape[:-1]), noise, level)
+
+    def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> Slots:
+        public = not isinstance(key, SecretKeyBase)
+        factor = 1 + 2 * self.parameters.ring_degree * TERNARY_VARIANCE if public else 1
+        noise = self._slot_noise(ERROR_STANDARD_DEVIATION**2 * factor + ROUNDING_VARIANCE)
+        return self._noisy(values * scale, np.zeros(values.shape[:-1]), noise, level)
+
+    def _decrypt(self, ct: Ciphertext, secret_key: SecretKeyBase) -> np.ndarray:
+        return ct.payload.values / ct.scale
+
+    # ---- linear ----
+    def _add(self, a: Ciphertext, b: Ciphertext) -> Slots:
+        x, y = a.payload, b.payload
+        return self._checked(x.values + y.values, np.hypot(x.noise, y.noise), a.level)
+
+    def _subtract(self, a: Ciphertext, b: Ciphertext) -> Slots:
+        x, y = a.payload, b.payload
+        return self._checked(x.values - y.values, np.hypot(x.noise, y.noise), a.level)
+
+    def _negate(self, a: Ciphertext) -> Slots:
+        return Slots(-a.payload.values, a.payload.noise)
+
+    def _add_plain(self, a: Ciphertext, b: Plaintext) -> Slots:
+        x, y = a.payload, b.payload
+        return self._checked(x.values + self._continued(y.values), np.hypot(x.noise, y.noise), a.level)
+
+    def _add_scalar(self, a: Ciphertext, value: float) -> Slots:
+        return self._checked(a.payload.values + round(value * a.scale), a.payload.noise, a.level)
+
+    def _sum(self, a: Ciphertext) -> Slots:
+        return self._checked(a.payload.values.sum(0), np.sqrt(np.square(a.payload.noise).sum(0)), a.level)
+
+    # ---- products ----
+    def _multiply(self, a: Ciphertext, b: Ciphertext) -> Slots:
+        x, y = a.payload, b.payload
+        noise = np.hypot(_rms(x.values) * y.noise, _rms(y.values) * x.noise)
+        return self._checked(x.values * y.values, noise, a.level)
+
+    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> Slots:
+        x, y = a.payload, b.payload
+        noise = np.hypot(_rms(x.values) * y.noise, _rms(y.values) * x.noise)
+        return self._checked(x.values * self._continued(y.values), noise, a.level)
+
+    def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Slots:
+        x, y = a.payload, plain.payload
+        count, rest = a.batch_shape[0], a.batch_shape[1:]
+        values = x.values.reshape(count, -1, self.parameters.slots // plain.period, plain.period)
+        values = np.einsum("gkp,kbrp->gbrp", y.values, values, optimize=True)
+        variance = np.square(y.noise) @ np.square(_rms(x.values)).reshape(count, -1) + np.square(_rms(y.values)) @ np.square(x.noise).reshape(count, -1)
+        return self._checked(values.reshape(-1, *rest, self.parameters.slots), np.sqrt(variance).reshape(-1, *rest), a.level)
+
+    def _multiply_integer(self, a: Ciphertext, value: int) -> Slots:
+        return self._checked(a.payload.values * float(value), a.payload.noise * abs(float(value)), a.level)
+
+    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Slots:
+        x, weights = a.payload, weights.astype(np.float64)
+        values = np.tensordot(weights, x.values, axes=1)
+        variance = np.tensordot(np.square(weights), np.square(x.noise), axes=1)
+        return self._checked(values, np.sqrt(variance), a.level)
+
+    def _relinearize(self, a: Ciphertext) -> Slots:
+        return self._noisy(a.payload.values, a.payload.noise, self._key_switch_noise(a.level), a.level)
+
+    def _rescale(self, a: Ciphertext) -> Slots:
+        q = self.parameters.moduli[a.level]
+        return self._noisy(a.payload.values / q, a.payload.noise / q, self._rounding_noise(a.components), a.level - 1)
+
+    def _drop_level(self, a: Ciphertext, level: int) -> Slots:
+        return self._checked(a.payload.values, a.payload.noise, level)
+
+    # ---- automorphisms ----
+    def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> Slots:
+        parts = [self._rotated(a.payload.values, a.payload.noise, step, a.level) for step in steps]
+        return Slots(np.stack([p.values for p in parts]), np.stack([p.noise for p in parts]))
+
+    def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Slots:
+        parts = [self._rotated(a.payload.values[g], a.payload.noise[g], step, a.level) for g, step in enumerate(steps)]
+        return self._checked(sum(p.values for p in parts), np.sqrt(sum(np.square(p.noise) for p in parts)), a.level)
+
+    def _rotated(self, values: np.ndarray, noise: np.ndarray, step: int, level: int) -> Slots:
+        if step == 0:
+            return Slots(values, noise)
+        self.rotations_used[step] += math.prod(noise.shape)
+        return self._noisy(np.roll(values, -step, axis=-1), noise, self._key_switch_noise(level), level)
+
+    def _conjugate(self, a: Ciphertext) -> Slots:
+        return self._noisy(a.payload.values, a.payload.noise, self._key_switch_noise(a.level), a.level)
+
+    # ---- batch structure ----
+    def _take(self, a: Ciphertext, index: int | slice) -> Slots:
+        return Slots(a.payload.values[index], a.payload.noise[index])
+
+    def _stack(self, items: Sequence[Ciphertext]) -> Slots:
+        return Slots(np.stack([i.payload.values for i in items]), np.stack([i.payload.noise for i in items]))
+
+    def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Slots:
+        return Slots(a.payload.values.reshape(*batch_shape, self.parameters.slots), a.payload.noise.reshape(batch_shape))
+
+    def _continued(self, values: np.ndarray) -> np.ndarray:
+        """[*batch, period] plaintext values over all slots."""
+        return np.tile(values, self.parameters.slots // values.shape[-1])
+
+
+def _rms(values: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(values), axis=-1))
