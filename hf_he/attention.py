@@ -149,6 +149,24 @@ def power_mean(scores: torch.Tensor, power: int, eps: float | torch.Tensor, leng
     return eps + (scores**power).sum(-1, keepdim=True) / length
 
 
+def softmax_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with the 0/1 masks used here: the baseline and distillation teacher. It has no polynomial form."""
+    key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
+    scores = (query @ key.transpose(-1, -2)) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)
+    return _weighted_sum(module, scores.softmax(-1), value, dropout)
+
+
 def keep_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Boolean mask [B, 1, T, S], True keeps, never skipped: attention functions here multiply by it instead of adding -inf."""
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)

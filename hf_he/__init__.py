@@ -1,0 +1,53 @@
+"""hf_he: private fine-tuning and generation with language models on CKKS ciphertexts.
+
+Importing it registers the `gaussian_kernel` and `power_softmax` attention implementations and the HE models with transformers, so that
+`AutoModelForSequenceClassification.from_pretrained` loads them. The encrypted side is imported on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from hf_he import attention as _attention  # noqa: F401  (registers the attention implementations)
+from hf_he.attention import check_attention
+from hf_he.models import (
+    HEBertConfig,
+    HEBertForMaskedLM,
+    HEBertForSequenceClassification,
+    HEBertModel,
+    HEBertPreTrainedModel,
+    convert_bert,
+    save_hub_shim,
+)
+from hf_he.nn import RangeTracker, collect_ranges
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Client": "hf_he.client",
+    "EncryptedTensor": "hf_he.tensor",
+    "Server": "hf_he.server",
+    "get_backend": "hf_he.backends",
+}
+
+__all__ = [
+    "Client",
+    "EncryptedTensor",
+    "HEBertConfig",
+    "HEBertForMaskedLM",
+    "HEBertForSequenceClassification",
+    "HEBertModel",
+    "HEBertPreTrainedModel",
+    "RangeTracker",
+    "Server",
+    "check_attention",
+    "collect_ranges",
+    "convert_bert",
+    "get_backend",
+    "save_hub_shim",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hf_he' has no attribute {name!r}")

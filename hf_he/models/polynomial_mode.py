@@ -1,0 +1,53 @@
+"""What every HE model has beside transformers' `PreTrainedModel`: exact and polynomial mode, and the Hub shim on save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hf_he.errors import ApproximationError
+from hf_he.models.hub_shim import save_hub_shim
+from hf_he.nn import PolynomialLayer
+
+
+class PolynomialModeMixin:
+    """Goes before `PreTrainedModel` in the bases. The config has the fields `mode` and `approximations`."""
+
+    def post_init(self) -> None:
+        super().post_init()
+        self.set_mode(self.config.mode)
+
+    def polynomial_layers(self) -> dict[str, PolynomialLayer]:
+        """Every layer that needs an approximation, by the name it has in `config.approximations`."""
+        prefix = f"{self.base_model_prefix}." if self.base_model is self else ""
+        return {f"{prefix}{name}": m for name, m in self.named_modules() if isinstance(m, PolynomialLayer)}
+
+    def set_mode(self, mode: str) -> None:
+        """Run with the exact functions ("exact") or with the polynomials of `config.approximations` ("polynomial").
+
+        Raises:
+            ApproximationError: unknown mode, layers without an entry, or an entry that no polynomial fits.
+        """
+        layers = self.polynomial_layers()
+        entries = self.config.approximations
+        missing = [name for name in layers if name not in entries]
+        if mode == "polynomial" and missing:
+            raise ApproximationError(
+                f"{len(missing)} layers have no entry in config.approximations ({', '.join(missing)}). Run calibration (load with "
+                "mode='exact', record ranges with RangeTracker on representative data, then set_approximations) before polynomial mode."
+            )
+        for name, layer in layers.items():
+            layer.layer_name = name
+            layer.configure(mode, entries.get(name))
+        self.config.mode = mode
+
+    def set_approximations(self, approximations: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace `config.approximations` and rebuild what the current mode uses. Errors as for `set_mode`."""
+        self.config.approximations = {name: dict(entry) for name, entry in approximations.items()}
+        self.set_mode(self.config.mode)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained` plus the three-line module with which `trust_remote_code=True` finds this package."""
+        save_hub_shim(save_directory, self.config)
+        super().save_pretrained(save_directory, **kwargs)
