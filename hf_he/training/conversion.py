@@ -1,0 +1,41 @@
+"""From a stock BERT checkpoint to an HEBert, and from exact to polynomial mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoConfig
+
+from hf_he.errors import UnsupportedModelError
+from hf_he.models import HEBertForSequenceClassification, convert_bert
+from hf_he.nn import LayerRange
+from hf_he.training.range_penalty import Degrees, calibrate
+
+
+def convert_checkpoint(source: str | Path, attention_kernel: str = "gaussian_kernel", num_labels: int | None = None) -> HEBertForSequenceClassification:
+    """A stock BERT checkpoint as HEBert sequence classifier in exact mode, weights copied by name.
+
+    A classifier keeps its head. Of any other BERT the encoder is taken, and pooler (unless it has one) and classifier start random with
+    `num_labels` outputs. Raises UnsupportedModelError for anything but an encoder-only BERT.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if "BertForSequenceClassification" in (config.architectures or []):
+        if num_labels not in (None, config.num_labels):
+            raise UnsupportedModelError(f"{source} has a head of {config.num_labels} labels: leave num_labels out, or convert its encoder.")
+        return convert_bert(source, attention_kernel)
+    return convert_bert(
+        source,
+        attention_kernel,
+        target_class=HEBertForSequenceClassification,
+        new_modules=("bert.pooler", "classifier"),
+        num_labels=2 if num_labels is None else num_labels,
+    )
+
+
+def calibrated(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degrees, margin: float = 0.25) -> nn.Module:
+    """`model` in polynomial mode, its approximations fitted to `ranges` (see `range_penalty.track_ranges`) plus `margin`."""
+    model.set_approximations(calibrate(model, ranges, degrees, margin))
+    model.set_mode("polynomial")
+    return model

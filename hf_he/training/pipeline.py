@@ -1,0 +1,240 @@
+"""The stages of `hf-he train`: teacher, soft labels, softmax student, kernel student, calibration and polynomial student.
+
+Every stage writes its folder under the recipe's output_dir together with `stage.json`, which records the settings it and all earlier
+stages ran with. A second run skips finished stages whose settings have not changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
+
+from hf_he import data
+from hf_he.data import CHECKPOINTS, TextDataset, fetch_checkpoint, load_dataset
+from hf_he.evaluation import EvaluationResult, evaluate_model
+from hf_he.training.conversion import calibrated, convert_checkpoint
+from hf_he.training.distillation import (
+    DistillationDataset,
+    DistillationTrainer,
+    build_dataset,
+    metric_function,
+    predict_logits,
+)
+from hf_he.training.range_penalty import RangePenalty, track_ranges
+from hf_he.training.recipe import Recipe, Stage
+
+STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial")
+
+
+class Pipeline:
+    """Runs a recipe. `max_steps` cuts every training stage (and the unlabelled texts to 8 batches' worth) for a trial run."""
+
+    def __init__(self, recipe: Recipe, *, max_steps: int | None = None, progress: bool = True):
+        self.recipe = recipe
+        self.max_steps = max_steps
+        self.progress = progress
+        self.root = Path(recipe.output_dir)
+        self.train = load_dataset(recipe.task, "train", recipe.data_dir)
+        self.dev = load_dataset(recipe.task, "dev", recipe.data_dir)
+        unlabelled = data.load_imdb_sentences() if recipe.unlabelled == "imdb" and recipe.unlabelled_rows else ()
+        self.unlabelled = _sample(unlabelled, recipe.unlabelled_rows, recipe.seed)
+        if max_steps is not None:
+            rows = max_steps * recipe.kernel_stage.batch_size
+            self.train, self.unlabelled = self.train.head(rows), self.unlabelled[:rows]
+        self.num_outputs = 1 if self.train.is_regression else max(2, len(set(self.train.labels)))
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet; returns {stage: its stage.json}."""
+        for stage in STAGES:
+            getattr(self, stage)()
+        return {stage: json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8")) for stage in STAGES}
+
+    @property
+    def result(self) -> Path:
+        """Folder of the finished polynomial-mode checkpoint (float32)."""
+        return self.root / "polynomial"
+
+    def teacher(self) -> None:
+        def work(folder: Path) -> dict[str, Any]:
+            model, tokenizer = self._load_base(self.recipe.teacher)
+            rows = build_dataset(tokenizer, self.train, num_outputs=self.num_outputs, max_length=self.recipe.teacher_max_length)
+            return self._fit(folder, model, tokenizer, self.recipe.teacher_stage, rows)
+
+        self._stage("teacher", {"settings": asdict(self.recipe.teacher_stage), "checkpoint": self.recipe.teacher}, work)
+
+    def soft_labels(self) -> None:
+        """The teacher's logits over the training rows, then over the unlabelled texts."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            model, tokenizer = _load(self.root / "teacher", dtype=getattr(torch, self.recipe.teacher_dtype))
+            parts = [self.train]
+            if self.unlabelled:
+                parts.append(TextDataset(self.recipe.task, "train", self.unlabelled, None, ()))
+            length = self.recipe.teacher_max_length
+            logits = torch.cat([predict_logits(model, tokenizer, part, max_length=length, progress=self.progress) for part in parts])
+            save_file({"logits": logits}, folder / "logits.safetensors")
+            return {"rows": len(logits)}
+
+        self._stage("soft_labels", {"unlabelled": [self.recipe.unlabelled, len(self.unlabelled)], "dtype": self.recipe.teacher_dtype}, work)
+
+    def softmax(self) -> None:
+        """The student architecture with its softmax: the reference for the kernel, and the teacher of its hidden states."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            model, tokenizer = self._load_base(self.recipe.student)
+            return self._fit(folder, model, tokenizer, self.recipe.softmax_stage, self._rows(tokenizer, 0))
+
+        self._stage("softmax", {"settings": asdict(self.recipe.softmax_stage), "checkpoint": self.recipe.student}, work)
+
+    def kernel(self) -> None:
+        def work(folder: Path) -> dict[str, Any]:
+            tokenizer = AutoTokenizer.from_pretrained(self.root / "softmax")
+            model = convert_checkpoint(self.root / "softmax")
+            return self._fit_ranged(folder, model, tokenizer, self.recipe.kernel_stage)
+
+        self._stage("kernel", {"settings": asdict(self.recipe.kernel_stage), "targets": asdict(self.recipe.targets)}, work)
+
+    def polynomial(self) -> None:
+        """Calibrate on every training text, swap the polynomials in and train on."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            model, tokenizer = _load(self.root / "kernel")
+            rows = self._rows(tokenizer, self.recipe.random_rows)
+            ranges = track_ranges(model, rows.batches())
+            model = calibrated(model, ranges, self.recipe.degrees, self.recipe.margin)
+            report = self._fit_ranged(folder, model, tokenizer, self.recipe.polynomial_stage)
+            return report | {"calibration": {name: asdict(entry) for name, entry in ranges.items()}}
+
+        settings = {"settings": asdict(self.recipe.polynomial_stage), "degrees": asdict(self.recipe.degrees), "margin": self.recipe.margin}
+        self._stage("polynomial", settings, work)
+
+    def _fit_ranged(self, folder: Path, model: nn.Module, tokenizer, stage: Stage) -> dict[str, Any]:
+        rows = self._rows(tokenizer, self.recipe.random_rows)
+        penalty = RangePenalty.for_model(model, rows.batch(slice(0, 512)), self.recipe.targets)
+        hidden_teacher = _load(self.root / "softmax")[0] if stage.loss.hidden else None
+        return self._fit(folder, model, tokenizer, stage, rows, penalty, hidden_teacher)
+
+    def _fit(
+        self,
+        folder: Path,
+        model: nn.Module,
+        tokenizer,
+        stage: Stage,
+        rows: DistillationDataset,
+        penalty: RangePenalty | None = None,
+        hidden_teacher: nn.Module | None = None,
+    ) -> dict[str, Any]:
+        """Train, save model and tokenizer into `folder`, and report the loss curve and the score on the dev split."""
+        set_seed(self.recipe.seed)
+        _set_dropout(model, stage.dropout)
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            per_device_train_batch_size=stage.batch_size,
+            per_device_eval_batch_size=256,
+            num_train_epochs=stage.epochs,
+            max_steps=self.max_steps or -1,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            warmup_steps=stage.warmup,
+            lr_scheduler_type="linear",
+            eval_strategy="no" if self.max_steps else "epoch",
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            disable_tqdm=not self.progress,
+            seed=self.recipe.seed,
+        )
+        blank = torch.full((len(self.dev), self.num_outputs), float("nan"))
+        trainer = DistillationTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=build_dataset(tokenizer, self.dev, teacher_logits=blank, max_length=rows.encoded["input_ids"].shape[1]),
+            compute_metrics=metric_function(self.dev),
+            processing_class=tokenizer,
+            weights=stage.loss,
+            penalty=penalty,
+            hidden_teacher=hidden_teacher,
+        )
+        trainer.train()
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        result = evaluate_model(model, tokenizer, self.dev, max_length=rows.encoded["input_ids"].shape[1])
+        return {"dev": _summary(result), "targets": penalty.intervals if penalty else None, "log": trainer.state.log_history}
+
+    def _rows(self, tokenizer, random_rows: int) -> DistillationDataset:
+        return build_dataset(
+            tokenizer,
+            self.train,
+            self.unlabelled,
+            teacher_logits=load_file(self.root / "soft_labels" / "logits.safetensors")["logits"],
+            repeats=self.recipe.label_repeats,
+            random_rows=random_rows,
+            max_length=self.recipe.max_length,
+            seed=self.recipe.seed,
+        )
+
+    def _load_base(self, name: str):
+        folder = fetch_checkpoint(name) if name in CHECKPOINTS else Path(name)
+        set_seed(self.recipe.seed)
+        return _load(folder, num_labels=self.num_outputs)
+
+    def _stage(self, name: str, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> None:
+        settings = {
+            "task": self.recipe.task,
+            "seed": self.recipe.seed,
+            "max_steps": self.max_steps,
+            "lengths": [self.recipe.max_length, self.recipe.teacher_max_length],
+            "rows": [len(self.train), self.recipe.label_repeats, self.recipe.random_rows],
+            "previous": self._digest(STAGES[STAGES.index(name) - 1]) if name != STAGES[0] else None,
+            **settings,
+        }
+        marker = self.root / name / "stage.json"
+        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["recipe"] == settings:
+            return
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        report = work(marker.parent)
+        report = {"recipe": settings, "seconds": round(time.monotonic() - started, 1), **report}
+        marker.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    def _digest(self, stage: str) -> str:
+        recipe = json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8"))["recipe"]
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _load(folder: Path, **kwargs: Any):
+    return AutoModelForSequenceClassification.from_pretrained(folder, **kwargs), AutoTokenizer.from_pretrained(folder)
+
+
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+def _sample(texts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
+    if count >= len(texts):
+        return texts
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:count]
+    return tuple(texts[row] for row in order.tolist())
+
+
+def _summary(result: EvaluationResult) -> dict[str, Any]:
+    return {name: value for name, value in result.to_dict().items() if name != "ranges"}
