@@ -1,0 +1,203 @@
+"""Constants, scratch memory and single-thread kernels of hybrid key switching (Han and Ki, CT-RSA 2020).
+
+A ciphertext at level l has `limbs` = l + 1 rows; rows limbs..limbs+K-1 of the extended basis are the special moduli, at positions
+`offset` further on in the chain. Digit j is the limbs j*alpha..(j+1)*alpha-1 that are present at this level.
+ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P.
+
+Keys are stored [key][modulus][N/CHUNK][digit][2][CHUNK], already pulled back through their automorphism, so that the inner product runs on the
+un-rotated digits and one gather at the end rotates the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from hf_he.ckks.ntt import PAD
+from hf_he.ckks.number_theory import centred
+from hf_he.ckks.vector import JIT, add, fma, ld, mm, mul, red, round_mul, sp, st
+
+BLOCK = 256
+CHUNK = 256
+HOISTED = 4
+"""Rotations whose accumulators are kept at once."""
+
+
+class SwitchTables(NamedTuple):
+    """Base conversion and division constants; high and low are the 25-bit halves of centred residues, pairs are (w, w/q)."""
+
+    digit_scale: np.ndarray  # [dnum, alpha sizes, alpha, 2]: (Q_j/q_i)^-1 mod q_i
+    digit_high: np.ndarray  # [dnum, alpha sizes, M, alpha]: Q_j/q_i mod m
+    digit_low: np.ndarray
+    digit_modulus: np.ndarray  # [dnum, alpha sizes, M]: Q_j mod m
+    special_scale: np.ndarray  # [K, 2]: (P/p_i)^-1 mod p_i
+    special_high: np.ndarray  # [M, K]: P/p_i mod m
+    special_low: np.ndarray
+    special_modulus: np.ndarray  # [M]: P mod m
+    special_factor: np.ndarray  # [L, 2]: P mod q
+    special_inverse: np.ndarray  # [L, 2]: P^-1 mod q
+    last_inverse: np.ndarray  # [L, L, 2]: q_l^-1 mod q_k
+    shifts: np.ndarray  # [M, 4]: 2^50 mod m with quotient, 2^25 mod m with quotient
+
+
+class Scratch(NamedTuple):
+    """Working memory of one parameter set; rows are PAD doubles apart."""
+
+    block: np.ndarray  # [threads, largest column block]
+    split: np.ndarray  # [threads, base conversion]
+    digits: np.ndarray  # [threads, dnum * (N + PAD)]
+    pair: np.ndarray  # [threads, 2 * (N + PAD)]
+    coefficients: np.ndarray  # [L, N + PAD]
+    extended: np.ndarray  # [dnum * M, N + PAD]
+    accumulators: np.ndarray  # [HOISTED * 2 * M, N + PAD]
+    special: np.ndarray  # [HOISTED * 2 * K, N + PAD]
+    lifted: np.ndarray  # [HOISTED * 2 * L, N + PAD]
+
+
+def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha: int) -> SwitchTables:
+    """Constants from exact integers."""
+    chain = (*moduli, *special)
+    total, count, extra = len(chain), len(moduli), len(special)
+    dnum = -(-count // alpha)
+    tables = SwitchTables(
+        np.zeros((dnum, alpha, alpha, 2)),
+        np.zeros((dnum, alpha, total, alpha)),
+        np.zeros((dnum, alpha, total, alpha)),
+        np.zeros((dnum, alpha, total)),
+        np.zeros((extra, 2)),
+        np.zeros((total, extra)),
+        np.zeros((total, extra)),
+        np.zeros(total),
+        np.zeros((count, 2)),
+        np.zeros((count, 2)),
+        np.zeros((count, count, 2)),
+        np.zeros((total, 4)),
+    )
+
+    def pair(value: int, q: int) -> tuple[float, float]:
+        value = centred(value, q)
+        return float(value), value / q
+
+    def halves(value: int, q: int) -> tuple[float, float]:
+        value = centred(value, q)
+        high = round(value / 2**25)
+        return float(high), float(value - high * 2**25)
+
+    for j in range(dnum):
+        for size in range(1, min(alpha, count - j * alpha) + 1):
+            digit = moduli[j * alpha : j * alpha + size]
+            product = math.prod(digit)
+            for a, q in enumerate(digit):
+                tables.digit_scale[j, size - 1, a] = pair(pow(product // q, -1, q), q)
+                for k, m in enumerate(chain):
+                    tables.digit_high[j, size - 1, k, a], tables.digit_low[j, size - 1, k, a] = halves(product // q, m)
+            tables.digit_modulus[j, size - 1] = [centred(product, m) for m in chain]
+    p = math.prod(special)
+    for i, m in enumerate(special):
+        tables.special_scale[i] = pair(pow(p // m, -1, m), m)
+        for k, q in enumerate(chain):
+            tables.special_high[k, i], tables.special_low[k, i] = halves(p // m, q)
+    tables.special_modulus[:] = [centred(p, m) for m in chain]
+    for k, q in enumerate(moduli):
+        tables.special_factor[k] = pair(p, q)
+        tables.special_inverse[k] = pair(pow(p, -1, q), q)
+        for last in range(k + 1, count):
+            tables.last_inverse[last, k] = pair(pow(moduli[last], -1, q), q)
+    for k, m in enumerate(chain):
+        tables.shifts[k] = *pair(1 << 50, m), *pair(1 << 25, m)
+    return tables
+
+
+def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_block: int, threads: int) -> Scratch:
+    """Zeroed working memory."""
+    row = ring_degree + PAD
+    dnum, total = -(-limbs // alpha), limbs + special
+    return Scratch(
+        np.zeros((threads, column_block + PAD)),
+        np.zeros((threads, (2 * max(alpha, special) + 1) * BLOCK + PAD)),
+        np.zeros((threads, dnum * row)),
+        np.zeros((threads, 2 * row)),
+        np.zeros((limbs, row)),
+        np.zeros((dnum * total, row)),
+        np.zeros((HOISTED * 2 * total, row)),
+        np.zeros((HOISTED * 2 * special, row)),
+        np.zeros((HOISTED * 2 * limbs, row)),
+    )
+
+
+@njit(**JIT)
+def split_block(y, first, scale, moduli, first_modulus, start, s):
+    """BLOCK coefficients of rows y[first..]: y_i = x_i * scale_i in 25-bit halves, and v = rint(sum y_i / q_i), into s."""
+    count = scale.shape[0]
+    for c in range(0, BLOCK, 8):
+        v = sp(0.0)
+        for i in range(count):
+            k = first_modulus + i
+            z = mm(ld(y[first + i], start + c), sp(scale[i, 0]), sp(scale[i, 1]), sp(moduli[k, 0]))
+            h = round_mul(z, sp(2.0**-25))
+            v = fma(z, sp(moduli[k, 1]), v)
+            st(s, 2 * i * BLOCK + c, h)
+            st(s, (2 * i + 1) * BLOCK + c, fma(h, sp(-(2.0**25)), z))
+        st(s, 2 * count * BLOCK + c, round_mul(v, sp(1.0)))
+
+
+@njit(**JIT)
+def convert_block(s, count, high, low, modulus, shifts, q0, qi0, out, start):
+    """out[start:start+BLOCK] = sum_i y_i * w_i - v * modulus mod q.
+
+    |y halves| <= 1.2 * 2^24, |w halves| <= 2^24 and count <= 8: the sums are below 2^52.2, every product operand fits `mm` for q > 2^28.
+    """
+    q = sp(q0)
+    qi = sp(qi0)
+    negative = sp(-modulus)
+    f = sp(shifts[0])
+    fi = sp(shifts[1])
+    g = sp(2.0**25)
+    gi = mul(g, qi)
+    for c in range(0, BLOCK, 16):
+        h0 = sp(0.0)
+        m0 = sp(0.0)
+        l0 = sp(0.0)
+        h1 = sp(0.0)
+        m1 = sp(0.0)
+        l1 = sp(0.0)
+        for i in range(count):
+            wh = sp(high[i])
+            wl = sp(low[i])
+            j = 2 * i * BLOCK + c
+            yh = ld(s, j)
+            yl = ld(s, j + BLOCK)
+            h0 = fma(yh, wh, h0)
+            m0 = fma(yh, wl, fma(yl, wh, m0))
+            l0 = fma(yl, wl, l0)
+            yh = ld(s, j + 8)
+            yl = ld(s, j + BLOCK + 8)
+            h1 = fma(yh, wh, h1)
+            m1 = fma(yh, wl, fma(yl, wh, m1))
+            l1 = fma(yl, wl, l1)
+        v = 2 * count * BLOCK + c
+        r0 = add(add(mm(h0, f, fi, q), mm(m0, g, gi, q)), fma(ld(s, v), negative, l0))
+        r1 = add(add(mm(h1, f, fi, q), mm(m1, g, gi, q)), fma(ld(s, v + 8), negative, l1))
+        st(out, start + c, red(r0, q, qi))
+        st(out, start + c + 8, red(r1, q, qi))
+
+
+@njit(**JIT)
+def inner_product(digits, row, dnum, key, start, a0, a1, q0, qi0):
+    """a0, a1 [start:start+CHUNK] = sum_j digit_j * key[j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
+    q = sp(q0)
+    qi = sp(qi0)
+    for c in range(0, CHUNK, 8):
+        s0 = sp(0.0)
+        s1 = sp(0.0)
+        for j in range(dnum):
+            x = ld(digits, j * row + start + c)
+            k0 = ld(key, 2 * j * CHUNK + c)
+            k1 = ld(key, (2 * j + 1) * CHUNK + c)
+            s0 = add(s0, mm(x, k0, mul(k0, qi), q))
+            s1 = add(s1, mm(x, k1, mul(k1, qi), q))
+        st(a0, start + c, red(s0, q, qi))
+        st(a1, start + c, red(s1, q, qi))
