@@ -24,7 +24,7 @@ Array = TypeVar("Array")
 Interval = tuple[float, float]
 
 MAX_DEGREE = 255
-_CERTIFICATION_CELLS = 1 << 16
+_CERTIFICATION_CELLS = 1 << 17
 _REMEZ_TOLERANCE = 1e-3
 
 
@@ -200,8 +200,10 @@ def fit_polynomial(function: str, interval: Interval, degree: int) -> Polynomial
         raise ApproximationError(f"{function}: degree {degree} is outside 1..{MAX_DEGREE}.")
     indices, target = _basis(spec, low, high, degree)
     series = _remez(spec, target, low, high, indices)
-    if spec.parity == "even_plus_half_identity" and low == -high:
+    if low == -high and spec.parity == "even_plus_half_identity":
         series[1] += 0.5 * high
+    if low == -high and spec.parity == "odd_plus_half":
+        series[0] += 0.5
     coefficients = tuple(float(c) for c in series)
     return Polynomial(function, (low, high), coefficients, _certify(spec, low, high, series), "relative" if spec.root else "absolute")
 
@@ -276,9 +278,7 @@ def kernel_exponential(interval: Interval, squarings: int) -> KernelExponential:
         raise ApproximationError(f"squarings must be in 1..20, got {squarings}.")
     n = 1 << squarings
     if low < -n:
-        raise ApproximationError(
-            f"{squarings} squarings cover exponents down to {-n}, not {low:g}: use at least {math.ceil(math.log2(-low))} squarings."
-        )
+        raise ApproximationError(f"{squarings} squarings cover exponents down to {-n}, not {low:g}: use at least {math.ceil(math.log2(-low))} squarings.")
     # For -n <= x <= 0 both functions lie in [0, e^x] and both second derivatives in [0, 1]; below -64 nothing is left to compare.
     x, step = np.linspace(max(low, -64.0), 0.0, 1 << 17, retstep=True)
     error = float(np.max(np.exp(x) - (1.0 + x / n) ** n)) + step**2 / 8 + 1e-12
@@ -306,6 +306,8 @@ def _basis(spec: Function, low: float, high: float, degree: int) -> tuple[range,
     middle, half = 0.5 * (low + high), 0.5 * (high - low)
     if low == -high and spec.parity == "odd":
         return range(1, degree + 1, 2), lambda t: spec.value(half * t)
+    if low == -high and spec.parity == "odd_plus_half":
+        return range(1, degree + 1, 2), lambda t: spec.value(half * t) - 0.5
     if low == -high and spec.parity == "even_plus_half_identity":
         return range(0, degree + 1, 2), lambda t: spec.value(half * t) - 0.5 * half * t
     return range(degree + 1), lambda t: spec.value(middle + half * t)
@@ -316,13 +318,13 @@ def _remez(spec: Function, target: Callable[[np.ndarray], np.ndarray], low: floa
     size = len(indices)
     next_index = indices[-1] + indices.step
     last_angle = math.pi if indices.step == 1 else 0.5 * math.pi
-    theta = np.linspace(0.0, last_angle, 64 * (next_index + 8) + 1)
-    grid = np.cos(theta)
     middle, half = 0.5 * (low + high), 0.5 * (high - low)
+    theta = _grid(spec, low, high, last_angle, 64 * (next_index + 8))
+    grid = np.cos(theta)
     weight = 1.0 / spec.value(middle + half * grid) if spec.root else np.ones_like(grid)
     values = target(grid)
     basis = np.cos(np.outer(theta, np.asarray(indices, dtype=np.float64)))
-    reference = np.unique(np.round(np.arange(size + 1) * (math.pi / next_index) / (theta[1] - theta[0])).astype(int))
+    reference = np.abs(theta[:, None] - np.arange(size + 1) * (math.pi / next_index)).argmin(0)
     signs = (-1.0) ** np.arange(size + 1)
     best, best_error = None, math.inf
     for _ in range(100):
@@ -342,6 +344,13 @@ def _remez(spec: Function, target: Callable[[np.ndarray], np.ndarray], low: floa
     series = np.zeros(max(indices[-1], 1) + 1)
     series[list(indices)] = best
     return series
+
+
+def _grid(spec: Function, low: float, high: float, last_angle: float, cells: int) -> np.ndarray:
+    """Angles from 0 to `last_angle` that include the kinks of the function, where the error may peak."""
+    middle, half = 0.5 * (low + high), 0.5 * (high - low)
+    kinks = [math.acos((k - middle) / half) for k in spec.kinks if low < k < high]
+    return np.union1d(np.linspace(0.0, last_angle, cells + 1), [k for k in kinks if k <= last_angle])
 
 
 def _alternating_extrema(error: np.ndarray, count: int) -> np.ndarray | None:
@@ -368,11 +377,8 @@ def _certify(spec: Function, low: float, high: float, series: np.ndarray) -> flo
     trigonometric polynomial exceeds its grid values by at most 1 / cos(m h / 2) (Ehlich and Zeller, 1964).
     """
     middle, half = 0.5 * (low + high), 0.5 * (high - low)
-    theta = np.linspace(0.0, math.pi, _CERTIFICATION_CELLS + 1)
     cell = math.pi / _CERTIFICATION_CELLS
-    kinks = [math.acos((k - middle) / half) for k in spec.kinks if low < k < high]
-    theta = np.union1d(theta, np.asarray(kinks)) if kinks else theta
-    t = np.cos(theta)
+    t = np.cos(_grid(spec, low, high, math.pi, _CERTIFICATION_CELLS))
     x = middle + half * t
     values = evaluate_chebyshev(tuple(series), t)
     if spec.root:

@@ -269,9 +269,7 @@ def _prepare(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None:
         if getattr(module, "is_causal", False) and query.shape[-2] > 1:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} is causal but no mask arrived: its model builds masks for another attention implementation."
-            )
+            raise UnsupportedModelError(f"{type(module).__name__} is causal but no mask arrived: its model builds masks for another attention implementation.")
         return key, value, None, scaling
     if attention_mask.is_floating_point() and bool((attention_mask < 0).any()):
         raise UnsupportedModelError(
@@ -280,8 +278,6 @@ def _prepare(
     return key, value, attention_mask[..., : key.shape[-2]].to(query.dtype), scaling
 
 
-def _weighted_sum(
-    module: nn.Module, weights: torch.Tensor, value: torch.Tensor, dropout: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _weighted_sum(module: nn.Module, weights: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -1,3 +1,16 @@
+# Copyright 2026 The hf-he authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """HEBert: BERT with Gaussian-kernel or power-softmax attention, LayerNorms and activations that have polynomial forms.
 
 Module names are those of stock BERT, so that checkpoints convert without renaming. The encoder uses only operations that have an
@@ -6,7 +19,8 @@ encrypted form; it runs unchanged on `EncryptedTensor`.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +40,9 @@ from hf_he.errors import ApproximationError, ShapeError
 from hf_he.models.he_bert.configuration_he_bert import HEBertConfig
 from hf_he.models.polynomial_mode import PolynomialModeMixin
 from hf_he.nn import HELayerNorm, PolynomialActivation, PolynomialLayer
+
+# trf-ignore: TRF041 config.norm_position, config.gated_ffn, config.attention_kernel
+# trf-ignore: TRF041 config.position_embedding_type, config.use_pooler, config.classifier_hidden_sizes
 
 KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "softmax": softmax_attention,
@@ -107,9 +124,7 @@ class HEBertSelfAttention(PolynomialLayer):
 
     def build_approximation(self, entry: Mapping[str, Any]) -> KernelExponential | Reciprocal:
         if self.config.attention_kernel == "softmax":
-            raise ApproximationError(
-                f"{self.layer_name}: softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'."
-            )
+            raise ApproximationError(f"{self.layer_name}: softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
         interval = (float(entry["interval"][0]), float(entry["interval"][1]))
         if self.config.attention_kernel == "power_softmax":
             return fit_reciprocal(interval, entry["degree"], entry["goldschmidt_steps"])
@@ -126,9 +141,7 @@ class HEBertSelfAttention(PolynomialLayer):
         query = self.query(hidden_states).view(*heads).transpose(1, 2)
         key = self.key(hidden_states).view(*heads).transpose(1, 2)
         value = self.value(hidden_states).view(*heads).transpose(1, 2)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, KERNELS[self.config.attention_kernel]
-        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, KERNELS[self.config.attention_kernel])
         attention_output, attention_weights = attention_interface(
             self,
             query,
@@ -165,9 +178,7 @@ class HEBertAttention(nn.Module):
         self.self = HEBertSelfAttention(config)
         self.output = HEBertResidual(config, config.hidden_size)
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         normed = hidden_states if self.LayerNorm is None else self.LayerNorm(hidden_states)
         attention_output, _ = self.self(normed, attention_mask, **kwargs)
         return self.output(attention_output, hidden_states)
@@ -198,9 +209,7 @@ class HEBertLayer(GradientCheckpointingLayer):
         self.intermediate = HEBertIntermediate(config)
         self.output = HEBertResidual(config, config.intermediate_size)
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attention_output = self.attention(hidden_states, attention_mask, **kwargs)
         return self.output(self.intermediate(attention_output), attention_output)
 
@@ -211,9 +220,7 @@ class HEBertEncoder(nn.Module):
         self.layer = nn.ModuleList([HEBertLayer(config) for _ in range(config.num_hidden_layers)])
         self.LayerNorm = HELayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm_position == "pre" else None
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutput:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
         for layer in self.layer:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(hidden_states if self.LayerNorm is None else self.LayerNorm(hidden_states))
@@ -253,7 +260,7 @@ class HEBertLMPredictionHead(nn.Module):
         return self.decoder(self.transform(hidden_states))
 
 
-class HEBertOnlyMLMHead(nn.Module):
+class HEBertOnlyMLMHead(nn.Module):  # trf-ignore: TRF026 (stock BERT's name)
     def __init__(self, config: HEBertConfig):
         super().__init__()
         self.predictions = HEBertLMPredictionHead(config)
@@ -268,8 +275,7 @@ class HEBertClassificationHead(nn.Module):
     def __init__(self, config: HEBertConfig):
         super().__init__()
         sizes = [config.hidden_size, *config.classifier_hidden_sizes]
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.dense = nn.ModuleList([nn.Linear(i, o, bias=config.use_bias) for i, o in pairs])
+        self.dense = nn.ModuleList([nn.Linear(i, o, bias=config.use_bias) for i, o in pairwise(sizes)])
         self.activation = PolynomialActivation(config.classifier_act)
         self.out_proj = nn.Linear(sizes[-1], config.num_labels)
 
@@ -285,10 +291,10 @@ class HEBertPreTrainedModel(PolynomialModeMixin, PreTrainedModel):
     config: HEBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HEBertEmbeddings", "HEBertLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["HEBertEmbeddings", "HEBertLayer"]
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HEBertLayer, "attentions": HEBertSelfAttention}
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {"hidden_states": HEBertLayer, "attentions": HEBertSelfAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -354,16 +360,14 @@ class HEBertModel(HEBertPreTrainedModel):
     @staticmethod
     def _pairwise_mask(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
         if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
-            raise ShapeError(
-                f"attention_mask must be [batch, {length}] or [batch, 1, {length}, {length}], got {list(attention_mask.shape)}."
-            )
+            raise ShapeError(f"attention_mask must be [batch, {length}] or [batch, 1, {length}, {length}], got {list(attention_mask.shape)}.")
         return attention_mask[:, None, None, :].to(torch.bool).expand(-1, 1, length, -1)
 
 
 class HEBertForMaskedLM(HEBertPreTrainedModel):
     """HEBert with the language-model head of stock BERT, tied to the word embeddings."""
 
-    _tied_weights_keys = {
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
