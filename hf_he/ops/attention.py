@@ -1,0 +1,165 @@
+"""Gaussian-kernel attention (Rho et al., ICLR 2025) between ciphertexts.
+
+Scores are taken along diagonals j = g * b + a of the token-by-token matrix, un-aligned: D_j = rotate(q, -g b) - rotate(k, a), so that b - 1
+rotations of k and v and T / b - 1 of q serve all T diagonals (distances in tokens). Squares are summed over each head, and the sums of all
+diagonals and heads are moved into one score ciphertext (see ScoreLayout), where everything narrow happens: refresh, (1 + x / 2^k)^(2^k) by k
+squarings, the encrypted mask. Then each score is copied over its head again, multiplied with rotate(v, a), summed over a, and each g is
+rotated into place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hf_he.approximation import KernelExponential
+from hf_he.backends.base import Ciphertext
+from hf_he.errors import ShapeError
+from hf_he.ops import linear, reduce
+from hf_he.ops.context import OperationContext
+from hf_he.ops.linear import WaitingLinear
+from hf_he.ops.operand import Operand
+from hf_he.packing import Packing, ScoreLayout
+
+QUERY_LEVEL = 2
+"""Square and score mask: the scores land on level 0, are refreshed as one ciphertext, and everything wide stays cheap."""
+
+WEIGHT_DEPTH = 3
+"""Mask, copy over the head, product with the values."""
+
+
+def reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float, approximation: KernelExponential
+) -> torch.Tensor:
+    """[B, heads, T, head_dim] each, mask [B, 1, T, T] of 0/1 -> [B, T, heads, head_dim]."""
+    distance = (query.unsqueeze(-2) - key.unsqueeze(-3)).square().sum(-1)
+    weights = approximation(-0.5 * scaling * distance)
+    weights = weights if mask is None else weights * mask
+    return (weights @ value).transpose(1, 2)
+
+
+def encrypted(
+    context: OperationContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    approximation: KernelExponential,
+) -> Ciphertext:
+    """Un-normalised kernel attention of one feature block [1]; the result is at level 0, canonical.
+
+    `mask`: [score ciphertexts] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: T log2(head_dim) at level 1,
+    T log2(head_dim / b) at level 1, about 2 T / b + 6 b others.
+    """
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if operand.features != context.packing.features:
+            raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
+    layout = ScoreLayout(context.packing, heads)
+    backend = context.backend
+    q, k, v = project(query, key, value)
+    with backend.log.measure("attention"):
+        babies = [a * context.packing.token_stride for a in range(layout.babies)]
+        rotated_k = backend.rotate(k, babies)
+        rotated_v = backend.rotate(backend.drop_level(v, 1), babies)
+        scores = _scores(context, layout, q, rotated_k, -0.5 * scaling / approximation.degree)
+        weights = _kernel(context, scores, approximation.squarings)
+        weights = _masked(context, weights, mask)
+        return backend.reshape(_weighted_sum(context, layout, weights, rotated_v), (1,))
+
+
+def project(query: Operand, key: Operand, value: Operand) -> tuple[Ciphertext, Ciphertext, Ciphertext]:
+    """q, k and v at QUERY_LEVEL, unbatched; in one matrix product when they are waiting linear maps of one input."""
+    operands = (query, key, value)
+    context = query.context
+    backend = context.backend
+    waiting = all(isinstance(o, WaitingLinear) and o.waiting for o in operands)
+    if waiting and query.source is key.source is value.source:
+        query.source.ensure(QUERY_LEVEL + 1)
+        stacked = linear.encrypted(context, query.source, operands, QUERY_LEVEL)
+        return tuple(backend.take(stacked, i) for i in range(3))
+    return tuple(_at_query_level(operand) for operand in operands)
+
+
+def _at_query_level(operand: Operand) -> Ciphertext:
+    if operand.level < QUERY_LEVEL:
+        operand.ensure(QUERY_LEVEL)
+    return operand.context.backend.take(operand.at(QUERY_LEVEL), 0)
+
+
+def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:
+    """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0."""
+    backend, stride, b = context.backend, context.packing.token_stride, layout.babies
+    rotated_q = backend.rotate(q, [-g * b * stride for g in range(layout.giants)])
+    difference = backend.subtract(backend.reshape(rotated_k, (b, 1)), backend.reshape(rotated_q, (1, layout.giants)))
+    squares = backend.relinearize(backend.rescale(backend.multiply(difference, difference)))
+    sums = reduce.sum_features(context, squares, layout.head_dim)
+    scale = context.canonical_factor(sums.level, sums.scale)
+    pick = context.constant(("pick", layout.head_dim, factor), sums.level, scale, lambda: reduce.first_of(layout.head_dim, factor))
+    picked = backend.multiply_plain(sums, pick)
+    windows = backend.sum_rotated(picked, [-a for a in range(b)])
+    parts = []
+    for first in range(0, layout.giants, layout.windows):
+        part = backend.take(windows, slice(first, min(first + layout.windows, layout.giants)))
+        parts.append(backend.sum_rotated(part, [-layout.window(g) * b for g in range(part.batch_shape[0])]))
+    return backend.rescale(backend.stack(parts))
+
+
+def _kernel(context: OperationContext, scores: Ciphertext, squarings: int) -> Ciphertext:
+    """(1 + x)^(2^squarings), at WEIGHT_DEPTH or higher."""
+    x = context.backend.add_scalar(scores, 1.0)
+    for _ in range(squarings):
+        x = context.square(context.ensure_level(x, 1))
+    return context.ensure_level(x, WEIGHT_DEPTH)
+
+
+def _masked(context: OperationContext, weights: Ciphertext, mask: Ciphertext | None) -> Ciphertext:
+    """weights * mask at level 2."""
+    backend = context.backend
+    if mask is None:
+        return backend.drop_level(weights, WEIGHT_DEPTH - 1)
+    weights = backend.drop_level(weights, WEIGHT_DEPTH)
+    return context.product(weights, backend.drop_level(context.ensure_level(mask, WEIGHT_DEPTH), WEIGHT_DEPTH))
+
+
+def _weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:
+    """sum_j (score j over its head) * v_j at level 0, canonical."""
+    backend, b = context.backend, layout.babies
+    offsets = range(-(b - 1), b)
+    product_scale = backend.parameters.scale_at(0) * backend.parameters.moduli[1]
+    factor = product_scale / rotated_v.scale * backend.parameters.moduli[2] / weights.scale
+    rotated = [backend.rotate(backend.take(weights, s), offsets) for s in range(layout.ciphertexts)]
+    sums = []
+    for g in range(layout.giants):
+        window = layout.window(g)
+        masks = context.constant(("copy", layout, window), weights.level, factor, lambda w=window: copy_masks(layout, w))
+        copies = backend.rescale(backend.multiply_plain_sum(masks, rotated[layout.ciphertext(g)]))
+        for width in reduce.power_steps(b, layout.head_dim):
+            to_the_right = (window * b // width) % 2 == 0
+            copies = reduce.rotate_and_add(context, copies, -width if to_the_right else width)
+        sums.append(backend.sum(backend.multiply(copies, rotated_v)))
+    products = backend.relinearize(backend.stack(sums))
+    return backend.rescale(backend.sum_rotated(products, [g * b * context.packing.token_stride for g in range(layout.giants)]))
+
+
+def copy_masks(layout: ScoreLayout, window: int) -> np.ndarray:
+    """[b, 2b - 1, head_dim] 0/1: which rotation r = a - o (from -(b - 1) on) brings score a of the window to each of its b features o."""
+    b = layout.babies
+    masks = np.zeros((b, 2 * b - 1, layout.head_dim))
+    for a in range(b):
+        for o in range(b):
+            masks[a, a - o + b - 1, window * b + o] = 1.0
+    return masks
+
+
+def rotations(packing: Packing, heads: int) -> set[int]:
+    """Rotation steps of `encrypted`, projections not included."""
+    layout = ScoreLayout(packing, heads)
+    b, stride = layout.babies, packing.token_stride
+    steps = {a * stride for a in range(b)} | {sign * g * b * stride for g in range(layout.giants) for sign in (1, -1)}
+    steps |= set(reduce.power_steps(1, layout.head_dim)) | set(range(-(b - 1), b))
+    used = range(min(layout.windows, layout.giants))
+    steps |= {-window * b for window in used}
+    steps |= {-width if (window * b // width) % 2 == 0 else width for window in used for width in reduce.power_steps(b, layout.head_dim)}
+    return {step % packing.slots for step in steps} - {0}

@@ -1,0 +1,69 @@
+"""What every encrypted operation works with: backend, packing, refresh policy, encoded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from hf_he.backends.base import Ciphertext, HEBackend, Plaintext
+from hf_he.errors import LevelError
+from hf_he.packing import Packing
+from hf_he.refresh import RefreshPolicy
+
+
+class OperationContext:
+    """One backend, one packing, one refresh policy. Weights are encoded once per (weight, level, scale) and kept in periodic form."""
+
+    def __init__(self, backend: HEBackend, packing: Packing, refresh: RefreshPolicy | None = None) -> None:
+        self.backend = backend
+        self.packing = packing
+        self.refresh = refresh
+        self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
+
+    @property
+    def top(self) -> int:
+        return self.backend.parameters.max_level
+
+    def ensure_level(self, ct: Ciphertext, depth: int) -> Ciphertext:
+        """`ct`, refreshed when fewer than `depth` levels are left. Raises LevelError when no refresh can give that many."""
+        if ct.level >= depth:
+            return ct
+        if depth > self.top:
+            raise LevelError(f"the next operations need {depth} levels in one go, these parameters have {self.top}: use a larger set or smaller degrees")
+        if self.refresh is None:
+            raise LevelError(f"{depth} levels are needed and {ct.level} are left: give the session a refresh policy")
+        with self.backend.log.measure("refresh"):
+            return self.refresh.refresh(self.backend, ct, depth)
+
+    def canonical_factor(self, level: int, scale: float) -> float:
+        """The scale a factor needs so that its product with an operand of `scale` at `level` is canonical after one rescale."""
+        parameters = self.backend.parameters
+        return parameters.scale_at(level - 1) * parameters.moduli[level] / scale
+
+    def encoded(self, owners: tuple[Any, ...], tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
+        """The plaintext `build()` at (level, scale), encoded once. `owners` are the tensors it is made of; a changed tensor is encoded again."""
+        key = (tuple((id(owner), getattr(owner, "_version", 0)) for owner in owners), tag, level, scale)
+        if key not in self._plaintexts:
+            self._plaintexts[key] = (owners, self.backend.encode(build(), level, scale))
+        return self._plaintexts[key][1]
+
+    def constant(self, tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
+        """A plaintext that depends on the packing only."""
+        return self.encoded((), tag, level, scale, build)
+
+    def multiply_constant(self, ct: Ciphertext, tag: Hashable, build: Callable[[], np.ndarray], level: int | None = None) -> Ciphertext:
+        """`ct` times a constant vector, rescaled to the canonical scale: one level. With `level`, at that lower level."""
+        backend = self.backend
+        ct = ct if level is None else backend.drop_level(ct, level)
+        plain = self.constant(tag, ct.level, self.canonical_factor(ct.level, ct.scale), build)
+        return backend.rescale(backend.multiply_plain(ct, plain))
+
+    def square(self, ct: Ciphertext) -> Ciphertext:
+        return self.product(ct, ct)
+
+    def product(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
+        """a * b, relinearised and rescaled: one level."""
+        backend = self.backend
+        return backend.rescale(backend.relinearize(backend.multiply(a, b)))

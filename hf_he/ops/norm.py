@@ -1,0 +1,103 @@
+"""LayerNorm: sums over the features by rotate-and-add, 1 / sqrt by polynomial and Newton steps on one statistic ciphertext.
+
+The variance is masked, mapped to [-1, 1] by the same mask, and copied over its lane before it is refreshed: the refreshed ciphertext is
+one, whatever the width. weight * (x - mean) is computed beside it, so that the affine part adds no level.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_he.approximation import InverseSquareRoot
+from hf_he.backends.base import Ciphertext
+from hf_he.errors import ShapeError
+from hf_he.ops import polynomial, reduce
+from hf_he.ops.context import OperationContext
+from hf_he.ops.operand import Operand
+
+STATISTIC_DEPTH = 3
+"""Levels from the input to the mapped variance: mean, square, variance."""
+
+
+def reference(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, approximation: InverseSquareRoot) -> torch.Tensor:
+    """[B, T, F] -> [B, T, F] with the polynomial inverse square root."""
+    centred = hidden_states - hidden_states.mean(-1, keepdim=True)
+    return weight * centred * approximation(centred.square().mean(-1, keepdim=True) + eps) + bias
+
+
+def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
+    """The level at which `_inverse_root` leaves 1 / sqrt."""
+    level = top - polynomial.depth(approximation.guess.coefficients)
+    for _ in range(approximation.newton_steps):
+        level = (level if level >= 3 else top) - 2
+    return level if level >= 1 else top
+
+
+def encrypted(
+    context: OperationContext, operand: Operand, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, approximation: InverseSquareRoot
+) -> Ciphertext:
+    """weight * (x - mean) / sqrt(variance + eps) + bias.
+
+    Works at the lowest level that still leaves the result as high as 1 / sqrt allows. One refresh of the statistic, more when guess and
+    Newton steps exceed the parameters' levels; 4 log2(c) rotations.
+    """
+    backend, c = context.backend, context.packing.features
+    if operand.features != c:
+        raise ShapeError(f"LayerNorm over {operand.features} features needs a packing of as many features per ciphertext, this one has {c}")
+    low, high = approximation.interval
+    gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
+    hidden = operand.ensure(STATISTIC_DEPTH)
+    with backend.log.measure("norm"):
+        level = max(STATISTIC_DEPTH, min(hidden.level, inverse_root_level(context.top, approximation) + 2))
+        total = reduce.sum_features(context, backend.drop_level(hidden, level), c)
+        mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
+        mean = reduce.replicate_features(context, mean, c)
+        centred = backend.subtract(backend.match_level(hidden, mean.level), mean)
+        squares = context.square(backend.drop_level(centred, STATISTIC_DEPTH - 1))
+        total = reduce.sum_features(context, squares, c)
+        mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
+        mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
+        inverse = _inverse_root(context, mapped, approximation)
+
+        level = min(inverse.level, centred.level - 1)
+        inverse = backend.drop_level(inverse, level)
+        centred = backend.drop_level(centred, level + 1)
+        target = context.canonical_factor(level, inverse.scale)
+        factor = target * backend.parameters.moduli[level + 1] / centred.scale
+        plain = context.encoded((weight,), "weight", level + 1, factor, lambda: _blocks(weight, c))
+        weighted = backend.rescale(backend.multiply_plain(centred, plain))
+        out = context.product(weighted, inverse)
+        if bias is None:
+            return out
+        return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: _blocks(bias, c)))
+
+
+def _inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot) -> Ciphertext:
+    """1 / sqrt of the variance whose image in [-1, 1] is `mapped`; at level 1 or higher."""
+    backend = context.backend
+    low, high = approximation.interval
+    mapped = context.ensure_level(mapped, polynomial.depth(approximation.guess.coefficients))
+    y = polynomial.evaluate(backend, mapped, approximation.guess.coefficients)
+    if approximation.newton_steps:
+        half = backend.rescale(backend.multiply_scalar(mapped, 0.25 * (high - low), context.canonical_factor(mapped.level, mapped.scale)))
+        half = backend.match_level(backend.add_scalar(half, 0.25 * (high + low)), y.level)
+    for _ in range(approximation.newton_steps):
+        if y.level < 3:
+            both = context.ensure_level(backend.stack([y, half]), 3)
+            y, half = backend.take(both, 0), backend.take(both, 1)
+        y = _newton_step(context, y, half)
+        half = backend.match_level(half, y.level)
+    return context.ensure_level(y, 1)
+
+
+def _newton_step(context: OperationContext, y: Ciphertext, half: Ciphertext) -> Ciphertext:
+    """1.5 y - (half y) y^2 with `half` = variance / 2: two levels."""
+    backend = context.backend
+    products = context.product(backend.stack([half, y]), y)
+    product = backend.multiply(backend.take(products, 0), backend.take(products, 1))
+    linear = backend.multiply_scalar(backend.drop_level(y, product.level), 1.5, product.scale / y.scale)
+    return backend.rescale(backend.relinearize(backend.subtract(linear, product)))
+
+
+def _blocks(vector: torch.Tensor, c: int):
+    return vector.detach().to(torch.float64).cpu().numpy().reshape(-1, c)

@@ -1,0 +1,54 @@
+"""Operands of encrypted operations: a batch of feature blocks with what is remembered about it."""
+
+from __future__ import annotations
+
+from hf_he.backends.base import Ciphertext
+from hf_he.ops.context import OperationContext
+
+
+class Operand:
+    """A batch of feature blocks [blocks] holding `features` features; `pooled`: only the first token's lanes hold values, others zero."""
+
+    def __init__(self, context: OperationContext, features: int, ciphertext: Ciphertext | None = None, pooled: bool = False) -> None:
+        self.context = context
+        self.features = features
+        self.pooled = pooled
+        self._ciphertext = ciphertext
+        self._babies: dict[tuple[int, int], Ciphertext] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the ciphertext is yet to be computed."""
+        return self._ciphertext is None
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        assert self._ciphertext is not None
+        return self._ciphertext
+
+    @property
+    def level(self) -> int:
+        """The level `ciphertext` has or would have."""
+        return self.ciphertext.level
+
+    def ensure(self, depth: int) -> Ciphertext:
+        """The ciphertext, refreshed in place (for every later reader) when it has fewer than `depth` levels."""
+        fresh = self.context.ensure_level(self.ciphertext, depth)
+        if fresh is not self._ciphertext:
+            self._ciphertext = fresh
+            self._babies.clear()
+        return fresh
+
+    def at(self, level: int) -> Ciphertext:
+        """The ciphertext at `level` (at most its own) and its canonical scale."""
+        return self.context.backend.match_level(self.ciphertext, level)
+
+    def babies(self, count: int, level: int) -> Ciphertext:
+        """[count, blocks] rotations by 0 .. count - 1 at `level`, hoisted; kept for other linear maps of the same input."""
+        backend = self.context.backend
+        for (kept, at), rotated in self._babies.items():
+            if kept == count and at >= level:
+                return backend.drop_level(rotated, level)
+        rotated = backend.rotate(backend.drop_level(self.ciphertext, level), range(count))
+        self._babies[count, level] = rotated
+        return rotated

@@ -1,0 +1,64 @@
+"""How an exhausted ciphertext gets its levels back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from hf_he.backends.base import Ciphertext, HEBackend
+from hf_he.errors import BackendUnavailableError, HEError, RefreshError
+
+
+class RefreshPolicy(Protocol):
+    """Turns a ciphertext into one of the same values with at least `level` levels. `count` is how often it did."""
+
+    count: int
+
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext: ...
+
+
+class ClientRefresh:
+    """A round trip to the client, who decrypts and encrypts again.
+
+    `callback` takes and returns serialised ciphertexts; the client sees intermediate values of its own data, the server sees nothing.
+    Every refresh is one message each way.
+    """
+
+    def __init__(self, callback: Callable[[bytes], bytes]) -> None:
+        self.callback = callback
+        self.count = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+        data = backend.serialize(ct)
+        answer = self.callback(data)
+        self.count += 1
+        self.bytes_sent += len(data)
+        self.bytes_received += len(answer)
+        try:
+            fresh = backend.deserialize(answer, "ciphertext")
+        except HEError as error:
+            raise RefreshError(f"the client's answer to a refresh is not a ciphertext of these parameters: {error}") from error
+        if fresh.key_id != ct.key_id:
+            raise RefreshError(f"the client refreshed under key {fresh.key_id}, the ciphertext belongs to {ct.key_id}: use one key pair per run")
+        if fresh.batch_shape != ct.batch_shape or fresh.components != 2:
+            raise RefreshError(f"the client returned a batch of {fresh.batch_shape} for one of {ct.batch_shape}: client and server versions differ")
+        canonical = backend.parameters.scale_at(fresh.level)
+        if fresh.level < level or abs(fresh.scale / canonical - 1) > 1e-9:
+            raise RefreshError(f"the client refreshed to level {fresh.level} at scale {fresh.scale:.6g}, level {level} at {canonical:.6g} was needed")
+        return replace(fresh, scale=canonical)
+
+
+class BootstrapRefresh:
+    """Bootstrapping on the server, without the client. Raises BackendUnavailableError for a backend that cannot."""
+
+    def __init__(self, backend: HEBackend) -> None:
+        if not backend.capabilities()["bootstrap"]:
+            raise BackendUnavailableError(f"the {backend.name} engine does not bootstrap yet: use --refresh client")
+        self.count = 0
+
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+        self.count += 1
+        return backend.bootstrap(ct)
