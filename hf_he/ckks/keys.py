@@ -62,6 +62,7 @@ class SwitchingKeys:
     residues: np.ndarray = field(repr=False)
     seeds: np.ndarray = field(repr=False)
     index: dict[int, int] = field(repr=False)
+    fingerprint: str
 
     @classmethod
     def generate(
@@ -93,8 +94,12 @@ class SwitchingKeys:
     @classmethod
     def allocate(cls, context: Context, count: int, index: dict[int, int]) -> SwitchingKeys:
         """Room for `count` keys."""
-        shape = (count, len(context.chain), context.ring_degree // CHUNK, context.dnum, 2, CHUNK)
-        return cls(np.empty(shape), np.zeros((count, SEED_BYTES), dtype=np.uint8), index)
+        return cls(np.empty(cls.shape(context, count)), np.zeros((count, SEED_BYTES), dtype=np.uint8), index, context.parameters.fingerprint)
+
+    @staticmethod
+    def shape(context: Context, count: int) -> tuple[int, ...]:
+        """Of the residues of `count` keys."""
+        return (count, len(context.chain), context.ring_degree // CHUNK, context.dnum, 2, CHUNK)
 
     def expand(self, context: Context, i: int, out: np.ndarray) -> None:
         """The uniform half of key i into out [digit, modulus, N]."""
