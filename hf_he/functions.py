@@ -15,8 +15,9 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 class Function:
     """A real function to approximate.
 
-    `parity` is used on symmetric intervals: "odd", "odd_plus_half" (1/2 + an odd function) or "even_plus_half_identity" (x / 2 + an even
-    one). `derivative_bounds(lo, hi)` returns bounds of |f'| and |f''| between the kinks. `root` r > 0 marks v^(-1/r), fitted in relative error on positive intervals.
+    `parity` is used on symmetric intervals: "odd", "odd_plus_half" (1/2 + an odd function) or "even_plus_half_identity" (x / 2 + an
+    even one). `derivative_bounds(lo, hi)` returns bounds of |f'| and |f''| between the kinks. `root` r > 0 marks v^(-1/r), fitted in
+    relative error on positive intervals.
     """
 
     value: Callable[[np.ndarray], np.ndarray]

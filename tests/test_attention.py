@@ -1,0 +1,258 @@
+"""gaussian_kernel and power_softmax against direct formulas, on stock models, and the refusals of check_attention."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from hf_he.approximation import fit_reciprocal, kernel_exponential
+from hf_he.attention import (
+    check_attention,
+    gaussian_kernel_attention,
+    power_mean,
+    power_softmax_attention,
+    softmax_attention,
+    stable_power_softmax,
+)
+from hf_he.errors import RangeError, UnsupportedModelError
+from hf_he.nn import RangeTracker
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 40}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+CAUSAL = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED)),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED)),
+}
+BIDIRECTIONAL = {
+    "bert": (BertForMaskedLM, BertConfig(**SIZES)),
+    "roberta": (RobertaForMaskedLM, RobertaConfig(**SIZES)),
+}
+NAMES = ["gaussian_kernel", "power_softmax"]
+
+
+def make(family, name=None):
+    model_class, config = family
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    if name:
+        model.set_attn_implementation(name)
+    return model
+
+
+@pytest.fixture
+def module():
+    module = nn.Module().eval()
+    module.is_causal = False
+    return module
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 4, 6, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+
+
+@pytest.fixture
+def padding():
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[1, :, :, 4:] = False
+    return mask
+
+
+class TestGaussianKernel:
+    def test_equals_the_pairwise_formula(self, module, qkv, padding):
+        query, key, value = qkv
+        distance = (query[:, :, :, None, :] - key[:, :, None, :, :]).square().sum(-1)
+        expected = torch.exp(-distance / (2 * 8**0.5)) * padding
+        output, weights = gaussian_kernel_attention(module, query, key, value, padding)
+        torch.testing.assert_close(weights, expected)
+        torch.testing.assert_close(output, torch.einsum("bhts,bhsp->bthp", expected, value))
+
+    def test_mask_may_be_numbers(self, module, qkv, padding):
+        assert torch.equal(gaussian_kernel_attention(module, *qkv, padding)[0], gaussian_kernel_attention(module, *qkv, padding.double())[0])
+
+    def test_grouped_keys_and_values(self, module, qkv):
+        query, key, value = qkv
+        grouped = gaussian_kernel_attention(module, query, key[:, :2], value[:, :2], None)[0]
+        repeated = gaussian_kernel_attention(module, query, key[:, [0, 0, 1, 1]], value[:, [0, 0, 1, 1]], None)[0]
+        assert torch.equal(grouped, repeated)
+
+    def test_polynomial_mode_has_the_certified_error(self, module, qkv):
+        exact = gaussian_kernel_attention(module, *qkv, None)[1]
+        module.kernel_approximation = kernel_exponential((-40.0, 0.0), 8)
+        assert (gaussian_kernel_attention(module, *qkv, None)[1] - exact).abs().max() <= module.kernel_approximation.max_error
+
+    def test_polynomial_mode_checks_masked_pairs_too(self, module, qkv, padding):
+        query, key, value = (x.clone() for x in qkv)
+        key[1, :, 5] = 100.0
+        module.kernel_approximation = kernel_exponential((-40.0, 0.0), 8)
+        with pytest.raises(RangeError, match="exponent"):
+            gaussian_kernel_attention(module, query, key, value, padding)
+
+    def test_identical_query_and_key_never_exceed_zero(self, module):
+        query = 30 * torch.randn(1, 1, 16, 8)
+        with RangeTracker(module) as tracker:
+            gaussian_kernel_attention(module, query, query, query, None)
+        assert tracker.ranges[""].maximum <= 0.0
+
+    def test_overridable(self, module, qkv):
+        class Taken(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                return func, args[0], kwargs["scaling"]
+
+        query, key, value = qkv
+        result = gaussian_kernel_attention(module, query.as_subclass(Taken), key, value, None, scaling=0.5)
+        assert result == (gaussian_kernel_attention, module, 0.5)
+
+
+class TestPowerSoftmax:
+    @pytest.mark.parametrize("power", [2, 4, 6, 8])
+    @pytest.mark.parametrize("size", [1e-2, 1.0, 30.0])
+    def test_stable_form_equals_the_raw_form(self, power, size):
+        """Dividing by c = max|x| changes nothing if eps becomes eps / c^p; with eps left alone it would be another function."""
+        scores = size * torch.randn(3, 5, 7, dtype=torch.float64)
+        raw = scores**power / (1e-3 + (scores**power).sum(-1, keepdim=True))
+        assert (stable_power_softmax(scores, power, 1e-3) - raw).abs().max() < 1e-6
+
+    def test_stable_form_has_the_gradient_of_the_raw_form(self):
+        scores = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(4, 6, dtype=torch.float64)
+        raw = scores**4 / (1e-2 + (scores**4).sum(-1, keepdim=True))
+        expected = torch.autograd.grad((raw * weight).sum(), scores)[0]
+        torch.testing.assert_close(torch.autograd.grad((stable_power_softmax(scores, 4, 1e-2) * weight).sum(), scores)[0], expected)
+
+    def test_stable_form_survives_float32_extremes(self):
+        scores = torch.tensor([[1e6, 1.0], [1e-9, 0.0], [0.0, 0.0]])
+        weights = stable_power_softmax(scores, 8, 1e-3)
+        torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+
+    def test_length_agnostic_polynomial_form(self, module, qkv, padding):
+        """(1/L) x^p / (eps + mean x^p) with L the row's valid keys; one reciprocal per row."""
+        module.config = type("Config", (), {"power_softmax_degree": 4, "power_softmax_eps": 1e-2, "power_softmax_length_agnostic": True})
+        query, key, _ = qkv
+        scores = query @ key.transpose(-1, -2) * 8**-0.5 * padding
+        length = torch.tensor([6.0, 4.0])[:, None, None, None]
+        expected = scores**4 / length / (1e-2 + (scores**4).sum(-1, keepdim=True) / length)
+        torch.testing.assert_close(power_softmax_attention(module, *qkv, padding)[1], expected)
+        module.kernel_approximation = fit_reciprocal((1e-3, 200.0), 31, 5)
+        weights = power_softmax_attention(module, *qkv, padding)[1]
+        assert (weights / expected.clamp(min=1e-30) - padding.double()).abs().max() <= module.kernel_approximation.max_error + 1e-9
+        denominator = power_mean(scores, 4, 1e-2, length)
+        with RangeTracker(module) as tracker:
+            power_softmax_attention(module, *qkv, padding)
+        assert tracker.ranges[""].statistic == "power_mean"
+        assert tracker.ranges[""].maximum == pytest.approx(float(denominator.max()))
+
+
+def test_softmax_equals_torch(module, qkv, padding):
+    expected = nn.functional.scaled_dot_product_attention(*qkv, attn_mask=padding).transpose(1, 2)
+    torch.testing.assert_close(softmax_attention(module, *qkv, padding)[0], expected)
+
+
+class TestRefusals:
+    def test_additive_mask(self, module, qkv):
+        with pytest.raises(UnsupportedModelError, match="additive mask"):
+            gaussian_kernel_attention(module, *qkv, torch.full((2, 1, 6, 6), -1e4))
+
+    def test_causal_module_without_mask(self, module, qkv):
+        module.is_causal = True
+        with pytest.raises(UnsupportedModelError, match="no mask arrived"):
+            gaussian_kernel_attention(module, *qkv, None)
+
+    @pytest.mark.parametrize("argument", ["s_aux", "position_bias"])
+    def test_softmax_only_arguments(self, module, qkv, argument):
+        with pytest.raises(UnsupportedModelError, match=argument):
+            power_softmax_attention(module, *qkv, None, **{argument: torch.zeros(4)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestStockModels:
+    @pytest.mark.parametrize("family", CAUSAL.values(), ids=CAUSAL.keys())
+    def test_causal_models_do_not_leak(self, family, name):
+        model = make(family).train()
+        check = check_attention(model, name)
+        assert check.calls == 2 and check.causal and check.future_leak == 0.0
+        assert model.training and model.config._attn_implementation == "sdpa"
+
+    @pytest.mark.parametrize("family", BIDIRECTIONAL.values(), ids=BIDIRECTIONAL.keys())
+    def test_bidirectional_models(self, family, name):
+        check = check_attention(make(family), name)
+        assert check.calls == 2 and not check.causal
+
+    @pytest.mark.parametrize("family", BIDIRECTIONAL.values(), ids=BIDIRECTIONAL.keys())
+    def test_padding_changes_nothing(self, family, name):
+        model = make(family, name)
+        tokens = torch.randint(3, 60, (1, 7), generator=torch.Generator().manual_seed(0))
+        padded = torch.cat([tokens, torch.ones(1, 3, dtype=torch.long)], 1)
+        mask = torch.tensor([[1] * 7 + [0] * 3])
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, :7], model(tokens, attention_mask=mask[:, :7]).logits)
+
+    @pytest.mark.parametrize("family", CAUSAL.values(), ids=CAUSAL.keys())
+    def test_cached_generation_equals_recomputation(self, family, name):
+        model = make(family, name)
+        tokens = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        cached, recomputed = (model.generate(tokens, use_cache=use_cache, **settings) for use_cache in (True, False))
+        assert torch.equal(cached, recomputed)
+
+    @pytest.mark.parametrize("family", [*CAUSAL.values(), *BIDIRECTIONAL.values()], ids=[*CAUSAL, *BIDIRECTIONAL])
+    def test_gradients_reach_every_parameter_of_the_attention(self, family, name):
+        model = make(family, name)
+        tokens = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+        model(tokens, labels=tokens).loss.backward()
+        missing = [n for n, p in model.named_parameters() if ("attn" in n or "attention" in n) and p.grad is None]
+        assert not missing
+
+    def test_bloom_is_refused_for_ignoring_the_name(self, name):
+        torch.manual_seed(0)
+        model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4))
+        with pytest.raises(UnsupportedModelError, match="BloomForCausalLM ignores"):
+            check_attention(model, name)
+        assert model.config._attn_implementation == "eager"
+
+
+def test_a_lost_causal_mask_is_noticed(monkeypatch):
+    """A model whose mask function drops the mask would attend to the future; the attention function refuses to run."""
+    from hf_he._compat import AttentionMaskInterface
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "gaussian_kernel", lambda *args, **kwargs: None)
+    with pytest.raises(UnsupportedModelError, match="no mask arrived"):
+        check_attention(make(CAUSAL["llama"]), "gaussian_kernel")
+
+
+def test_a_full_mask_leaks_and_is_refused(monkeypatch):
+    from hf_he._compat import AttentionMaskInterface
+
+    def full(batch_size, q_length, kv_length, **kwargs):
+        return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "gaussian_kernel", full)
+    with pytest.raises(UnsupportedModelError, match="leaks future tokens"):
+        check_attention(make(CAUSAL["llama"]), "gaussian_kernel")
+
+
+def test_unknown_name():
+    with pytest.raises(UnsupportedModelError, match="known: gaussian_kernel, power_softmax"):
+        check_attention(make(BIDIRECTIONAL["bert"]), "sigmoid")
+
+
+def test_the_name_is_not_saved(tmp_path):
+    """transformers drops attn_implementation on save, which is why HE models carry attention_kernel in their own config."""
+    make(BIDIRECTIONAL["bert"], "gaussian_kernel").save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation != "gaussian_kernel"
