@@ -1,0 +1,3 @@
+from hf_he.cli import main
+
+main()

@@ -1,0 +1,53 @@
+"""Saved models: loading one in polynomial mode, and the fingerprint by which client and server recognise it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from hf_he.errors import CorruptFileError, DataError
+
+DEFAULT_MODEL = "he-bert-tiny-mr"
+
+_VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+def default_model() -> Path:
+    """The checkpoint that comes with a clone. Raises DataError outside of one."""
+    directory = Path(__file__).resolve().parent.parent / "model_cards" / DEFAULT_MODEL
+    if not (directory / "config.json").is_file():
+        raise DataError(f"the model {DEFAULT_MODEL} comes with a clone of the repository and is not at {directory}: give a folder with --model")
+    return directory
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """16 hex digits over the configuration and all weight files of a saved model; client and server must agree on it.
+
+    Raises DataError when `directory` holds no saved model.
+    """
+    directory = Path(directory)
+    config, weights = directory / "config.json", sorted(directory.glob("*.safetensors"))
+    if not config.is_file() or not weights:
+        raise DataError(f"{directory} holds no model: give a folder with config.json and model.safetensors (make one with `hf-he convert` or `hf-he train`)")
+    try:
+        described = {key: value for key, value in json.loads(config.read_text(encoding="utf-8")).items() if key not in _VOLATILE_CONFIG}
+    except (ValueError, AttributeError):
+        raise CorruptFileError(f"{config} is not readable JSON: copy the model again") from None
+    hashed = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for path in weights:
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()[:16]
+
+
+def load_classifier(directory: str | Path) -> torch.nn.Module:
+    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds no model."""
+    model_fingerprint(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    model.eval()
+    model.set_mode("polynomial")
+    return model

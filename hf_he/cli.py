@@ -1,0 +1,125 @@
+"""The `hf-he` command. Each command imports what it does on use, so that --help needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="hf-he",
+    help="Private inference and fine-tuning of language models on CKKS ciphertexts.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")]
+Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, native or simulator (plaintext, no protection).")]
+Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
+Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: not in this engine yet.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    backend: Backend = "auto",
+    parameters: Parameters = "n14",
+    num_sentences: Annotated[int, typer.Option(min=1, help="Sentences to classify.")] = 32,
+    seed: Annotated[int, typer.Option(help="Which sentences of the MR test half are drawn.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="Your own sentences, one per line.")] = None,
+    refresh: Refresh = "client",
+    json_output: Json = False,
+    trace: Annotated[Path | None, typer.Option(help="Also write the server's operations with their levels to this file.")] = None,
+) -> None:
+    """Encrypt sentences, classify them on ciphertexts in a server process, decrypt, and compare with plaintext."""
+    agrees = _load("demo").demo(model, backend, parameters, num_sentences, seed, text, refresh, json_output, trace)
+    raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
+def keygen(
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="Folder for secret.key, public.key and evaluation.keys.")] = Path("keys"),
+    backend: Backend = "auto",
+    parameters: Parameters = "n14",
+) -> None:
+    """Generate the keys a model needs."""
+    _load("files").keygen(model, out, backend, parameters)
+
+
+@app.command()
+def encrypt(
+    text: Annotated[Path, typer.Argument(help="UTF-8 text, one sentence per line.")],
+    model: Model = None,
+    keys: Keys = Path("keys"),
+    out: Annotated[Path, typer.Option(help="Encrypted file to write.")] = Path("batch.enc"),
+) -> None:
+    """Encrypt sentences for a model."""
+    _load("files").encrypt(text, model, keys, out)
+
+
+@app.command()
+def infer(
+    encrypted: Annotated[Path, typer.Argument(help="File written by `hf-he encrypt`.")],
+    model: Model = None,
+    keys: Keys = Path("keys"),
+    out: Annotated[Path | None, typer.Option(help="Encrypted result to write; default: the input with suffix .result.")] = None,
+    server: Annotated[str | None, typer.Option(help="URL of a running `hf-he serve`; default: start one as a child process.")] = None,
+    refresh: Refresh = "client",
+    json_output: Json = False,
+) -> None:
+    """Run an encrypted file through a server, answering its refresh requests."""
+    _load("files").infer(encrypted, model, keys, out, server, refresh, json_output)
+
+
+@app.command()
+def decrypt(
+    result: Annotated[Path, typer.Argument(help="File written by `hf-he infer`.")],
+    model: Model = None,
+    keys: Keys = Path("keys"),
+    json_output: Json = False,
+) -> None:
+    """Decrypt a result and show the predictions."""
+    _load("files").decrypt(result, model, keys, json_output)
+
+
+@app.command()
+def serve(
+    evaluation_keys: Annotated[Path, typer.Option(help="The file evaluation.keys; a secret key is refused.")],
+    model: Model = None,
+    backend: Backend = "auto",
+    refresh: Refresh = "client",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8765,
+    announce: Annotated[bool, typer.Option("--announce", hidden=True)] = False,
+) -> None:
+    """Serve a model to clients that hold the matching secret key. The server holds evaluation keys only."""
+    _load("files").serve(model, evaluation_keys, backend, refresh, host, port, announce)
+
+
+@app.command()
+def env(json_output: Json = False) -> None:
+    """Show versions, CPU features, backends and parameter sets."""
+    _load("env").env(json_output)
+
+
+def _load(name: str):
+    return import_module(f"hf_he.scripts.{name}")
+
+
+def main() -> None:
+    """Run the command line; an hf_he error ends it with its name and message instead of a traceback."""
+    try:
+        app()
+    except Exception as error:
+        errors = sys.modules.get("hf_he.errors")
+        if errors is None or not isinstance(error, errors.HEError):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,230 @@
+"""The client: tokenizer, embeddings and the secret key. Text goes in, encrypted batches go out, labels come back.
+
+    client = Client.from_pretrained(directory)
+    keys = client.keygen()
+    server = Server(directory, keys.evaluation)          # or hf_he.connect("http://127.0.0.1:8765")
+    result = client.infer(server, ["an unexpected delight", "two hours I will not get back"])
+    print(result.labels)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from hf_he.backends import HEBackend, get_backend
+from hf_he.checkpoints import load_classifier, model_fingerprint
+from hf_he.ckks.parameters import parameter_set
+from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
+from hf_he.keys import Keys
+from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
+from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
+from hf_he.results import InferenceResult, Sentence
+from hf_he.tensor import required_rotations
+
+DEFAULT_PARAMETERS = "n14"
+MAX_REFRESHES_PER_BATCH = 256
+_REFERENCE_BATCH = 32
+
+
+class InferenceServer(Protocol):
+    """What `Client.infer` needs: `hf_he.Server` here, or `hf_he.connect(url)` for another process."""
+
+    def infer(
+        self, data: bytes, refresh: Callable[[bytes], bytes], progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> bytes: ...
+
+
+class Client:
+    """Encrypts sentences for one model, answers refresh requests, decrypts logits.
+
+    `directory` holds the model and its tokenizer; `keys` a key folder or Keys (its backend and parameters are then used). The plaintext
+    polynomial model serves two purposes on this side: computing embeddings, and refusing sentences whose values would leave a fitted
+    range before anything is encrypted.
+    """
+
+    def __init__(self, directory: str | Path, backend: HEBackend, keys: Keys | None = None) -> None:
+        self.directory = Path(directory)
+        self.backend = backend
+        self.model = load_classifier(directory).double()
+        self.tokenizer = _load_tokenizer(self.directory)
+        self.model_fingerprint = model_fingerprint(directory)
+        self.packing = Packing.fit(backend.parameters.slots, self.model.config.hidden_size, SEQUENCE_LENGTH)
+        self.keys: Keys | None = None
+        if keys is not None:
+            self.use_keys(keys)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, backend: str = "auto", parameters: str = DEFAULT_PARAMETERS, keys: Keys | str | Path | None = None
+    ) -> Client:
+        """A client for the model in `directory`; with `keys`, backend and parameters are those the keys were made for."""
+        if keys is None:
+            return cls(directory, get_backend(backend, parameter_set(parameters)))
+        keys = keys if isinstance(keys, Keys) else Keys.load(keys)
+        return cls(directory, keys.backend, keys)
+
+    def use_keys(self, keys: Keys) -> None:
+        if keys.backend.name != self.backend.name or keys.backend.parameters.fingerprint != self.backend.parameters.fingerprint:
+            raise ParameterError(f"these keys are for the {keys.backend.name} backend or for other parameters: build the client with keys=... instead")
+        self.keys = keys
+
+    def keygen(self, progress: Callable[[int, int], None] | None = None) -> Keys:
+        """Fresh keys for exactly the rotations this model needs. `keys.evaluation` is what a server gets."""
+        rotations = required_rotations(self.model.config, self.packing)
+        self.use_keys(Keys.generate(self.backend, rotations, progress))
+        return self._keys
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.backend.name, self.backend.parameters.fingerprint, self.model_fingerprint, self._keys.key_id)
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        return {int(key): value for key, value in self.model.config.id2label.items()}
+
+    def prepare(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> list[Sentence]:
+        """Tokenize, predict in plaintext polynomial mode, and refuse what leaves a fitted range (`Sentence.refused` names the layer)."""
+        if labels is not None and len(labels) != len(texts):
+            raise DataError(f"{len(labels)} labels for {len(texts)} sentences: give one label per sentence, or none")
+        known = [None] * len(texts) if labels is None else [int(label) for label in labels]
+        counts = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+        prepared = []
+        for start in range(0, len(texts), _REFERENCE_BATCH):
+            chunk = slice(start, start + _REFERENCE_BATCH)
+            for text, label, count, (logits, refused) in zip(texts[chunk], known[chunk], counts[chunk], self._reference(texts[chunk]), strict=True):
+                prepared.append(Sentence(text, label, count, count > SEQUENCE_LENGTH, refused, logits))
+        return prepared
+
+    def encrypt(self, sentences: Sequence[Sentence]) -> EncryptedBatch:
+        """Encrypt the sentences that were not refused, `packing.sequences` to a ciphertext; lanes left over hold copies.
+
+        Raises RangeError when every sentence was refused, DataError when there are none or too many for one message.
+        """
+        accepted = [sentence for sentence in sentences if sentence.refused is None]
+        if not accepted:
+            if not sentences:
+                raise DataError("there are no sentences to encrypt: the input is empty")
+            raise RangeError(f"every sentence was refused; the first: {sentences[0].refused}")
+        lanes = self.packing.sequences
+        batches = -(-len(accepted) // lanes)
+        if batches > MAX_BATCHES:
+            raise DataError(f"{len(accepted)} sentences are more than one message holds ({MAX_BATCHES * lanes}): split the input")
+        embeddings, masks = self._embed([sentence.text for sentence in accepted])
+        packed, packed_masks = [], []
+        for index in range(batches):
+            lane = slice(index * lanes, (index + 1) * lanes)
+            packed.append(pack_embeddings(embeddings[lane], self.packing))
+            packed_masks.append(pack_attention_mask(masks[lane], self.packing, self.model.config.num_attention_heads))
+        secret = self._keys.secret  # symmetric encryption: less noise, and half of each ciphertext is a seed
+        return EncryptedBatch(
+            self.identity,
+            batches,
+            self.backend.serialize(self.backend.encrypt(np.stack(packed), secret)),
+            self.backend.serialize(self.backend.encrypt(np.stack(packed_masks), secret)),
+        )
+
+    def refresher(self, batches: int) -> Callable[[bytes], bytes]:
+        """Answers refresh requests of one inference: decrypt, encrypt afresh at the top level, and nothing else leaves.
+
+        It answers a bounded number of times and only for this client's key. Raises RefreshError, WrongKeyError or CorruptFileError.
+        """
+        remaining = MAX_REFRESHES_PER_BATCH * batches
+
+        def refresh(data: bytes) -> bytes:
+            nonlocal remaining
+            if remaining == 0:
+                raise RefreshError(f"the server asked for more than {MAX_REFRESHES_PER_BATCH} refreshes per batch: do not trust it, or report a bug")
+            remaining -= 1
+            ciphertext = self.backend.deserialize(data, "ciphertext")
+            values = self.backend.decrypt(ciphertext, self._keys.secret)
+            return self.backend.serialize(self.backend.encrypt(values, self._keys.secret))
+
+        return refresh
+
+    def decrypt(self, result: EncryptedResult, sentences: Sequence[Sentence]) -> list[Sentence]:
+        """The sentences with their decrypted logits; refused ones pass through. Raises the typed errors of a result that does not fit."""
+        result.identity.check(self.identity, "encrypted result")
+        accepted = sum(sentence.refused is None for sentence in sentences)
+        lanes = self.packing.sequences
+        if result.batches != -(-accepted // lanes):
+            raise CorruptFileError(f"the result holds {result.batches} batches, {accepted} sentences need {-(-accepted // lanes)}: it answers another input")
+        ciphertext = self.backend.deserialize(result.logits, "ciphertext")
+        if ciphertext.key_id != self._keys.key_id:
+            raise WrongKeyError(f"the logits belong to key {ciphertext.key_id}, not {self._keys.key_id}: decrypt with the keys they were encrypted for")
+        if ciphertext.batch_shape[:1] != (result.batches,):
+            raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape} for {result.batches} batches: run the inference again")
+        slots = self.backend.decrypt(ciphertext, self._keys.secret)
+        logits = np.concatenate([unpack_logits(batch, self.packing, self.model.config.num_labels) for batch in slots])
+        rows = iter(logits)
+        return [s if s.refused is not None else s.with_logits(next(rows)) for s in sentences]
+
+    def infer(
+        self,
+        server: InferenceServer,
+        texts: Sequence[str],
+        labels: Sequence[int] | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> InferenceResult:
+        """Prepare, encrypt, run on the server while answering its refresh requests, decrypt."""
+        sentences = self.prepare(texts, labels)
+        start = time.perf_counter()
+        batch = self.encrypt(sentences)
+        data = batch.to_bytes()
+        encrypted = time.perf_counter()
+        result = self.run(server, batch, data, progress)
+        answered = time.perf_counter()
+        decrypted = self.decrypt(result, sentences)
+        seconds = {"encrypt": encrypted - start, "decrypt": time.perf_counter() - answered}
+        sizes = {"ciphertext_in": len(data), "ciphertext_out": len(result.logits)}
+        return InferenceResult(decrypted, result.report, self.label_names, seconds, sizes)
+
+    def run(
+        self, server: InferenceServer, batch: EncryptedBatch, data: bytes | None = None, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> EncryptedResult:
+        """Only the server's part: send an encrypted batch, answer refresh requests, return the checked encrypted result."""
+        batch.identity.check(self.identity, "encrypted batch")
+        answer = server.infer(batch.to_bytes() if data is None else data, self.refresher(batch.batches), progress)
+        result = EncryptedResult.from_bytes(answer)
+        if result.batch_id != batch.batch_id or result.batches != batch.batches:
+            raise CorruptFileError("the server answered another batch: run the inference again")
+        return result
+
+    @property
+    def _keys(self) -> Keys:
+        if self.keys is None:
+            raise WrongKeyError("this client has no keys: call client.keygen(), or pass keys= a folder written by `hf-he keygen`")
+        return self.keys
+
+    def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        return dict(self.tokenizer(list(texts), truncation=True, max_length=SEQUENCE_LENGTH, padding="max_length", return_tensors="pt"))
+
+    def _embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._tokens(texts)
+        with torch.no_grad():
+            embeddings = self.model.base_model.embeddings(input_ids=tokens["input_ids"], token_type_ids=tokens.get("token_type_ids"))
+        return embeddings.numpy(), tokens["attention_mask"].numpy()
+
+    def _reference(self, texts: Sequence[str]) -> list[tuple[tuple[float, ...] | None, str | None]]:
+        """Per text: plaintext polynomial logits, or the reason of refusal."""
+        try:
+            with torch.no_grad():
+                logits = self.model(**self._tokens(texts)).logits
+            return [(tuple(row), None) for row in logits.tolist()]
+        except RangeError as error:
+            if len(texts) == 1:
+                return [(None, str(error))]
+        return [self._reference([text])[0] for text in texts]
+
+
+def _load_tokenizer(directory: Path):
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None

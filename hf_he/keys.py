@@ -1,0 +1,121 @@
+"""Key files: what the client keeps, and what it gives to a server.
+
+A key folder holds `secret.key` (mode 0600), `public.key` and `evaluation.keys`. Only the last goes to a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
+from hf_he.ckks.parameters import CKKSParameters
+from hf_he.errors import CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
+from hf_he.serialization import peek, read_file, unpack, write_file
+
+SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """Everything a server may hold: evaluation keys, and the backend and parameters they are for."""
+
+    backend: str
+    parameters: CKKSParameters
+    evaluation: EvaluationKeys
+
+    @property
+    def key_id(self) -> str:
+        return self.evaluation.key_id
+
+    def to_bytes(self) -> bytes:
+        return get_backend(self.backend, self.parameters).serialize(self.evaluation)
+
+    @classmethod
+    def load(cls, source: str | Path | bytes | ServerKeys, what: str = "a server") -> ServerKeys:
+        """Read an evaluation-key file (or its bytes). Raises SecretKeyOnServerError for a secret key, whatever its file is called."""
+        if isinstance(source, ServerKeys):
+            return source
+        if isinstance(source, SecretKeyBase | Keys):
+            raise SecretKeyOnServerError(f"{what} was handed a secret key: give it the evaluation keys (`keys.evaluation`, or the file {EVALUATION_FILE})")
+        if not isinstance(source, str | Path | bytes):
+            raise ParameterError(f"evaluation keys are a file, bytes or ServerKeys, got {type(source).__name__}: pass `keys.evaluation`")
+        data = source if isinstance(source, bytes) else read_file(source, "evaluation-key")
+        kind, name, parameters = describe_key_file(data)
+        if kind == "secret_key":
+            raise SecretKeyOnServerError(f"{what} was handed a secret-key file: give it {EVALUATION_FILE} instead, and keep {SECRET_FILE} with the client")
+        backend = get_backend(name, parameters)
+        return cls(name, parameters, backend.deserialize(data, "evaluation_keys"))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A client's keys. `evaluation` is None when only the client's half was loaded."""
+
+    backend: HEBackend
+    secret: SecretKeyBase
+    public: Any
+    evaluation: ServerKeys | None = None
+
+    def __repr__(self) -> str:
+        return f"Keys(key_id={self.secret.key_id!r})"
+
+    def __reduce__(self):
+        raise TypeError("keys cannot be pickled or copied: write them with Keys.save to a folder only its owner reads")
+
+    @property
+    def key_id(self) -> str:
+        return self.secret.key_id
+
+    @classmethod
+    def generate(cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None) -> Keys:
+        """Fresh keys whose evaluation half covers `rotations`; `progress(done, total)` counts keys."""
+        secret = backend.generate_secret_key()
+        public = backend.generate_public_key(secret)
+        evaluation = backend.generate_evaluation_keys(secret, rotations, progress=progress)
+        return cls(backend, secret, public, ServerKeys(backend.name, backend.parameters, evaluation))
+
+    def save(self, folder: str | Path) -> dict[str, int]:
+        """Write the key files; returns their sizes in bytes. The folder is created with mode 0700 and the secret key with 0600."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = {PUBLIC_FILE: self.backend.serialize(self.public)}
+        if self.evaluation is not None:
+            files[EVALUATION_FILE] = self.backend.serialize(self.evaluation.evaluation)
+        secret = self.backend.serialize(self.secret, allow_secret=True)
+        write_file(folder / SECRET_FILE, secret, secret=True)
+        for name, data in files.items():
+            write_file(folder / name, data)
+        return {SECRET_FILE: len(secret)} | {name: len(data) for name, data in files.items()}
+
+    @classmethod
+    def load(cls, folder: str | Path, with_evaluation: bool = False) -> Keys:
+        """The client's half of a key folder; with_evaluation=True reads the (large) evaluation keys too."""
+        folder = Path(folder)
+        data = read_file(folder / SECRET_FILE, "secret-key")
+        kind, name, parameters = describe_key_file(data)
+        if kind != "secret_key":
+            raise CorruptFileError(f"{folder / SECRET_FILE} holds no secret key: make a new key folder with `hf-he keygen`")
+        backend = get_backend(name, parameters)
+        secret = backend.deserialize(data, "secret_key")
+        public = backend.deserialize(read_file(folder / PUBLIC_FILE, "public-key"), "public_key")
+        if public.key_id != secret.key_id:
+            raise WrongKeyError(f"{folder} mixes keys {secret.key_id} and {public.key_id}: make a new key folder with `hf-he keygen`")
+        evaluation = ServerKeys.load(folder / EVALUATION_FILE) if with_evaluation else None
+        return cls(backend, secret, public, evaluation)
+
+
+def describe_key_file(data: bytes) -> tuple[str, str, CKKSParameters]:
+    """Kind, backend name and parameters of a key file whose checksum has been verified."""
+    kind, _ = peek(data)
+    _, metadata = unpack(data, kind)
+    try:
+        parameters = CKKSParameters.from_dict(json.loads(metadata["parameters"]))
+        return kind, metadata["backend"], parameters
+    except (KeyError, ValueError) as error:
+        if isinstance(error, HEError):
+            raise
+        raise CorruptFileError("this key file does not name its backend and parameters: generate the keys again with `hf-he keygen`") from None

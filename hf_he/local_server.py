@@ -1,0 +1,61 @@
+"""`hf-he serve` as a child process of this one: how the demo and `hf-he infer` without --server get their server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_he.errors import HEError
+from hf_he.protocol import error_from_json
+from hf_he.remote import RemoteServer, connect
+
+STOP_SECONDS = 10.0
+
+
+@contextmanager
+def local_server(model: str | Path, evaluation_keys: str | Path, refresh: str = "client") -> Iterator[RemoteServer]:
+    """A server process with `model` and an evaluation-key file only, on a free port of 127.0.0.1; it ends with the block.
+
+    An error while starting (corrupt keys, unknown model, ...) is raised here as its own class.
+    """
+    command = [sys.executable, "-m", "hf_he", "serve", "--model", str(model), "--evaluation-keys", str(evaluation_keys)]
+    command += ["--refresh", refresh, "--port", "0", "--announce"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        try:
+            with connect(_read_url(process, log)) as server:
+                yield server
+        finally:
+            process.stdin.close()
+            _stop(process)
+            process.stdout.close()
+
+
+def _read_url(process: subprocess.Popen, log) -> str:
+    line = process.stdout.readline()
+    try:
+        announced = json.loads(line)
+    except ValueError:
+        _stop(process)
+        log.seek(0)
+        tail = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
+        raise HEError(f"the server process did not start: {tail[0]}") from None
+    if "error" in announced:
+        raise error_from_json(announced)
+    return announced["url"]
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.kill()
+    process.wait()

@@ -1,0 +1,1 @@
+"""What the commands of `hf-he` do; `hf_he.cli` imports each on use."""

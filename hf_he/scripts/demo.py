@@ -1,0 +1,111 @@
+"""`hf-he demo`: real sentences, real ciphertexts, a server process that never holds the secret key, and a comparison with plaintext."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_he.checkpoints import default_model
+from hf_he.client import Client
+from hf_he.data import load_dataset
+from hf_he.errors import DataError
+from hf_he.keys import EVALUATION_FILE
+from hf_he.local_server import local_server
+from hf_he.protocol import SEQUENCE_LENGTH
+from hf_he.results import InferenceResult
+from hf_he.scripts.display import (
+    count_progress,
+    messages,
+    print_json,
+    print_measurements,
+    print_notices,
+    print_sentences,
+    print_summary,
+    progress_bar,
+    server_progress,
+)
+from hf_he.scripts.files import read_sentences
+from hf_he.serialization import write_file
+
+REQUIRED_AGREEMENT = 0.99
+
+
+def choose_sentences(number: int, seed: int, text: Path | None) -> tuple[list[str], list[int] | None]:
+    """`number` rows of the MR test half drawn by `seed`, with labels; or the first `number` lines of `text`, without."""
+    if text is not None:
+        return read_sentences(text)[:number], None
+    dataset = load_dataset("mr", "test")
+    if not 1 <= number <= len(dataset):
+        raise DataError(f"--num-sentences must be from 1 to {len(dataset)}, the rows of the MR test half")
+    rows = random.Random(seed).sample(range(len(dataset)), number)
+    return [dataset.first[row] for row in rows], [dataset.labels[row] for row in rows]
+
+
+def run_demo(
+    model: Path, backend: str, parameters: str, texts: list[str], labels: list[int] | None, refresh: str, trace: Path | None = None
+) -> InferenceResult:
+    """keygen, encrypt, server process, infer, decrypt; key files live in a temporary folder that is removed."""
+    start = time.perf_counter()
+    client = Client.from_pretrained(model, backend=backend, parameters=parameters)
+    sentences = client.prepare(texts, labels)
+    print_notices(sentences, SEQUENCE_LENGTH)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="hf-he-demo-") as folder:
+        began = time.perf_counter()
+        with progress_bar(f"Generating keys ({client.backend.name}; the first run also compiles its kernels)") as progress:
+            keys = client.keygen(count_progress(progress))
+            sizes = keys.save(folder)
+        seconds["keygen"] = time.perf_counter() - began
+        messages.print(f"keys: {sizes[EVALUATION_FILE] / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
+
+        began = time.perf_counter()
+        batch = client.encrypt(sentences)
+        data = batch.to_bytes()
+        seconds["encrypt"] = time.perf_counter() - began
+        messages.print(f"encrypted: {batch.batches} batches of {client.packing.sequences} sentences, {len(data) / 1e6:.1f} MB, in {seconds['encrypt']:.1f} s")
+
+        began = time.perf_counter()
+        with local_server(model, Path(folder) / EVALUATION_FILE, refresh) as server:
+            seconds["server_start"] = time.perf_counter() - began
+            messages.print(f"server: process with the model and the evaluation-key file only, at {server.url}")
+            with progress_bar("Running the model on ciphertexts") as progress:
+                answer = client.run(server, batch, data, server_progress(progress))
+
+    began = time.perf_counter()
+    decrypted = client.decrypt(answer, sentences)
+    seconds["decrypt"] = time.perf_counter() - began
+    seconds["total"] = time.perf_counter() - start
+    if trace is not None:
+        write_file(trace, "".join(f"{scope} {name} {level} {count}\n" for scope, name, level, count in answer.report["trace"]).encode())
+    measured = {"evaluation_keys": sizes[EVALUATION_FILE], "ciphertext_in": len(data), "ciphertext_out": len(answer.logits)}
+    return InferenceResult(decrypted, answer.report, client.label_names, seconds, measured)
+
+
+def demo(
+    model: Path | None,
+    backend: str,
+    parameters: str,
+    num_sentences: int,
+    seed: int,
+    text: Path | None,
+    refresh: str,
+    json_output: bool,
+    trace: Path | None,
+) -> bool:
+    """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
+    texts, labels = choose_sentences(num_sentences, seed, text)
+    result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace)
+    data: dict[str, Any] = result.to_json()
+    if json_output:
+        print_json(data)
+    else:
+        print_sentences(result)
+        print_measurements(data)
+        print_summary(data)
+    agrees = data["agreement"] is not None and data["agreement"] >= REQUIRED_AGREEMENT
+    if not agrees:
+        messages.print(f"[red]encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences[/]")
+    return agrees

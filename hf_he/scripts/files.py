@@ -1,0 +1,195 @@
+"""The commands that work on files: keygen, encrypt, infer, decrypt, serve.
+
+What a batch's sentences were stays with the client: `encrypt` writes it to `batches/ID.json` (mode 0600) in the key folder, and `infer --json`
+and `decrypt` find it there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_he.checkpoints import default_model
+from hf_he.ckks.parameters import parameter_set
+from hf_he.client import Client
+from hf_he.errors import CorruptFileError, DataError, HEError
+from hf_he.keys import EVALUATION_FILE
+from hf_he.local_server import local_server
+from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, error_to_json
+from hf_he.remote import connect
+from hf_he.results import InferenceResult, Sentence
+from hf_he.scripts.display import (
+    console,
+    count_progress,
+    messages,
+    print_json,
+    print_measurements,
+    print_notices,
+    print_sentences,
+    print_summary,
+    progress_bar,
+    server_progress,
+)
+from hf_he.serialization import read_file, write_file
+
+
+def keygen(model: Path | None, out: Path, backend: str, parameters: str) -> None:
+    """Write secret.key, public.key and evaluation.keys into `out`."""
+    parameter_set(parameters)
+    client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
+    start = time.perf_counter()
+    with progress_bar("Generating keys") as progress:
+        keys = client.keygen(count_progress(progress))
+    sizes = keys.save(out)
+    seconds, bits = time.perf_counter() - start, keys.backend.parameters.security_bits
+    console.print(f"key {keys.key_id} for the {keys.backend.name} backend, {bits}-bit security, {seconds:.1f} s")
+    for name, size in sizes.items():
+        note = "keep it private" if name == "secret.key" else "give it to the server" if name == EVALUATION_FILE else "anyone may encrypt with it"
+        console.print(f"  {out / name}  {size / 1e6:.2f} MB  ({note})")
+
+
+def encrypt(text: Path, model: Path | None, keys: Path, out: Path) -> None:
+    """Encrypt a text file, one sentence per line."""
+    client = Client.from_pretrained(model or default_model(), keys=keys)
+    sentences = client.prepare(read_sentences(text))
+    print_notices(sentences, SEQUENCE_LENGTH)
+    start = time.perf_counter()
+    batch = client.encrypt(sentences)
+    data = batch.to_bytes()
+    write_file(out, data)
+    notes = Notes(sentences, {"encrypt": time.perf_counter() - start}, {"ciphertext_in": len(data)})
+    notes.save(keys, batch.batch_id)
+    accepted = sum(sentence.refused is None for sentence in sentences)
+    console.print(f"{accepted} sentences in {batch.batches} ciphertext batches: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+def infer(encrypted: Path, model: Path | None, keys: Path, out: Path | None, server: str | None, refresh: str, json_output: bool) -> None:
+    """Run an encrypted file on a server, answering its refresh requests with the secret key in `keys`."""
+    client = Client.from_pretrained(model or default_model(), keys=keys)
+    data = read_file(encrypted, "encrypted-batch")
+    batch = EncryptedBatch.from_bytes(data)
+    with ExitStack() as stack:
+        if server is None:
+            messages.print("Starting a server process")
+            remote = stack.enter_context(local_server(client.directory, keys / EVALUATION_FILE, refresh))
+        else:
+            remote = stack.enter_context(connect(server))
+        progress = stack.enter_context(progress_bar("Running the model on ciphertexts"))
+        result = client.run(remote, batch, data, server_progress(progress))
+    target = out or encrypted.with_suffix(".result")
+    write_file(target, result.to_bytes())
+    report = result.report
+    if not json_output:
+        console.print(f"{result.batches} batches in {report['seconds']:.1f} s, {report['refreshes']} refreshes: {target}; read it with `hf-he decrypt`")
+        return
+    print_json(_decrypt(client, keys, result).to_json())
+
+
+def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool) -> None:
+    """Decrypt a result file and show its predictions."""
+    client = Client.from_pretrained(model or default_model(), keys=keys)
+    answer = EncryptedResult.from_bytes(read_file(result, "encrypted-result"))
+    found = _decrypt(client, keys, answer)
+    data = found.to_json()
+    if json_output:
+        print_json(data)
+        return
+    print_sentences(found)
+    print_measurements(data)
+    print_summary(data)
+
+
+def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str, host: str, port: int, announce: bool) -> None:
+    """Serve a model until interrupted. `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes."""
+    from hf_he.backends import backend_class
+    from hf_he.keys import ServerKeys
+    from hf_he.server import Server
+    from hf_he.service import serve as run
+
+    def ready(url: str) -> None:
+        if announce:
+            print(json.dumps({"url": url}), flush=True)
+            threading.Thread(target=_stop_with_parent, daemon=True).start()
+        else:
+            console.print(f"serving {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
+
+    try:
+        keys = ServerKeys.load(evaluation_keys, "the server")
+        if backend != "auto" and backend_class(backend).name != keys.backend:
+            raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
+        server = Server(model or default_model(), keys, refresh=refresh)
+    except HEError as error:
+        if not announce:
+            raise
+        print(json.dumps(error_to_json(error)), flush=True)
+        sys.exit(1)
+    run(server, host, port, ready)
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The non-empty lines of a UTF-8 text file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: convert it, one sentence per line") from None
+    sentences = [line.strip() for line in lines if line.strip()]
+    if not sentences:
+        raise DataError(f"{path} holds no sentences: write one per line")
+    return sentences
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the client keeps about an encrypted batch: its sentences, and what encrypting them took."""
+
+    sentences: list[Sentence]
+    seconds: dict[str, float]
+    sizes: dict[str, int]
+
+    def save(self, keys: Path, batch_id: str) -> None:
+        path = _notes_path(keys, batch_id)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        data = {"sentences": [sentence.to_json() for sentence in self.sentences], "seconds": self.seconds, "bytes": self.sizes}
+        write_file(path, json.dumps(data).encode(), secret=True)
+
+    @classmethod
+    def load(cls, keys: Path, batch_id: str) -> Notes:
+        path = _notes_path(keys, batch_id)
+        try:
+            data = json.loads(path.read_bytes())
+            return cls([Sentence.from_json(entry) for entry in data["sentences"]], data["seconds"], data["bytes"])
+        except OSError:
+            raise DataError(f"{path} is missing, so the sentences of this batch are unknown: pass the --keys folder it was encrypted with") from None
+        except (ValueError, KeyError, TypeError):
+            raise CorruptFileError(f"{path} is not readable: encrypt the sentences again") from None
+
+
+def _decrypt(client: Client, keys: Path, result: EncryptedResult) -> InferenceResult:
+    result.identity.check(client.identity, "encrypted result")
+    notes = Notes.load(keys, result.batch_id)
+    start = time.perf_counter()
+    sentences = client.decrypt(result, notes.sentences)
+    seconds = notes.seconds | {"decrypt": time.perf_counter() - start}
+    sizes = notes.sizes | {"ciphertext_out": len(result.logits)}
+    evaluation = keys / EVALUATION_FILE
+    if evaluation.is_file():
+        sizes["evaluation_keys"] = evaluation.stat().st_size
+    return InferenceResult(sentences, result.report, client.label_names, seconds, sizes)
+
+
+def _notes_path(keys: Path, batch_id: str) -> Path:
+    return keys / "batches" / f"{batch_id}.json"
+
+
+def _stop_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)

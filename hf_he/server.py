@@ -1,0 +1,188 @@
+"""The server: a public model and evaluation keys, running the model on ciphertexts. It never holds a secret key."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_he.backends import Ciphertext, get_backend
+from hf_he.checkpoints import load_classifier, model_fingerprint
+from hf_he.errors import CorruptFileError, ParameterError, RefreshError, SecretKeyOnServerError
+from hf_he.keys import ServerKeys
+from hf_he.measurement import peak_memory_bytes
+from hf_he.packing import Packing, ScoreLayout
+from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
+from hf_he.refresh import BootstrapRefresh, ClientRefresh
+from hf_he.serialization import peek
+from hf_he.tensor import EncryptedSession, EncryptedTensor
+
+REFRESH_POLICIES = ("client", "bootstrap")
+MAX_BATCHES_PER_JOB = 256
+
+Refresh = Callable[[bytes], bytes]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A checked batch, ready to run: `embeddings` [batches, blocks] and `attention_mask` [batches, score ciphertexts]."""
+
+    batches: int
+    batch_id: str
+    embeddings: Ciphertext = field(repr=False)
+    attention_mask: Ciphertext = field(repr=False)
+
+
+class Server:
+    """Runs a sequence classifier on encrypted batches.
+
+    `model` is a folder with a polynomial-mode checkpoint, `evaluation_keys` a file, its bytes, or `keys.evaluation`. Anything that is or
+    holds a secret key raises SecretKeyOnServerError. Refresh policy "client" sends exhausted ciphertexts back for re-encryption; "bootstrap"
+    raises BackendUnavailableError until the backend can do it.
+    """
+
+    def __init__(self, model: str | Path, evaluation_keys: str | Path | bytes | ServerKeys, *, refresh: str = "client") -> None:
+        keys = ServerKeys.load(evaluation_keys, "the server")
+        if refresh not in REFRESH_POLICIES:
+            raise ParameterError(f"unknown refresh policy {refresh!r}: choose one of {', '.join(REFRESH_POLICIES)}")
+        self.backend = get_backend(keys.backend, keys.parameters)
+        policy = BootstrapRefresh(self.backend) if refresh == "bootstrap" else ClientRefresh(self._ask_client)
+        self.model = load_classifier(model)
+        self.identity = Identity(keys.backend, keys.parameters.fingerprint, model_fingerprint(model), keys.key_id)
+        self.backend.load_evaluation_keys(keys.evaluation)
+        config = self.model.config
+        self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, SEQUENCE_LENGTH)
+        self.session = EncryptedSession(self.backend, self.packing, policy)
+        self._scores = ScoreLayout(self.packing, config.num_attention_heads).ciphertexts
+        self._blocks = self.packing.blocks(config.hidden_size)
+        self._busy = threading.Lock()
+        self._client: Refresh | None = None
+        self._position: dict[str, Any] = {"state": "idle"}
+
+    def describe(self) -> dict[str, Any]:
+        """What is served, JSON-ready."""
+        parameters = self.backend.parameters
+        return {
+            "server": "hf_he",
+            **self.identity.to_metadata(),
+            "security_bits": parameters.security_bits,
+            "ring_degree": parameters.ring_degree,
+            "sequences_per_batch": self.packing.sequences,
+            "max_batches": MAX_BATCHES_PER_JOB,
+        }
+
+    @property
+    def _ciphertext_bytes(self) -> int:
+        parameters = self.backend.parameters
+        return 2 * 8 * parameters.ring_degree * (parameters.max_level + 1)
+
+    @property
+    def max_batch_bytes(self) -> int:
+        """No valid encrypted batch is larger."""
+        return MAX_BATCHES_PER_JOB * (self._blocks + self._scores) * self._ciphertext_bytes + 2**20
+
+    @property
+    def max_refresh_bytes(self) -> int:
+        """No valid answer to a refresh request is larger."""
+        widest = max(self.packing.blocks(self.model.config.intermediate_size), self._scores, self._blocks)
+        return widest * self._ciphertext_bytes + 2**20
+
+    def progress(self) -> dict[str, Any]:
+        """Where a running job is: state, batch, batches, operations done in this batch and the current kind of operation."""
+        trace = self.backend.log.trace
+        done = len(trace)
+        now = {"operations": done - self._position.get("start", 0), "operation": trace[done - 1].scope if done else "other"}
+        return {key: value for key, value in self._position.items() if key != "start"} | now
+
+    def open(self, data: bytes) -> Work:
+        """Check encrypted-batch bytes completely. Raises CorruptFileError, ParameterError, ModelMismatchError or WrongKeyError."""
+        if _kind(data) == "secret_key":
+            raise SecretKeyOnServerError("a secret-key file was sent to the server: consider that key lost, and generate new keys with `hf-he keygen`")
+        batch = EncryptedBatch.from_bytes(data)
+        batch.identity.check(self.identity, "encrypted batch")
+        if batch.batches > MAX_BATCHES_PER_JOB:
+            raise ParameterError(f"{batch.batches} batches in one message, at most {MAX_BATCHES_PER_JOB} are taken: send fewer sentences at a time")
+        embeddings = self._ciphertext(batch.embeddings, (batch.batches, self._blocks), "embeddings")
+        mask = self._ciphertext(batch.attention_mask, (batch.batches, self._scores), "attention mask")
+        return Work(batch.batches, batch.batch_id, embeddings, mask)
+
+    def run(self, work: Work, refresh: Refresh, progress: Progress | None = None) -> bytes:
+        """Encrypted-result bytes for checked work. `refresh` takes and returns ciphertext bytes; one run at a time."""
+        with self._busy:
+            self.backend.log.reset()
+            self._client = refresh
+            refreshes = self.session.refresh.count
+            start = time.perf_counter()
+            try:
+                logits, batch_seconds = self._forward(work, progress)
+            finally:
+                self._client = None
+                self._position = {"state": "idle"}
+            seconds = time.perf_counter() - start
+            report = self._report(seconds, batch_seconds, self.session.refresh.count - refreshes)
+            result = EncryptedResult(self.identity, work.batches, work.batch_id, self.backend.serialize(logits), report)
+        return result.to_bytes()
+
+    def infer(self, data: bytes, refresh: Refresh, progress: Progress | None = None) -> bytes:
+        """`open` and `run`: the interface that `hf_he.connect(url)` offers for a server in another process."""
+        return self.run(self.open(data), refresh, progress)
+
+    def _forward(self, work: Work, progress: Progress | None) -> tuple[Ciphertext, list[float]]:
+        logits, seconds = [], []
+        for index in range(work.batches):
+            self._position = {"state": "running", "batch": index + 1, "batches": work.batches, "start": len(self.backend.log.trace)}
+            if progress:
+                progress(self.progress())
+            start = time.perf_counter()
+            hidden = self.session.hidden_state(self.backend.take(work.embeddings, index))
+            mask = self.session.attention_mask(self.backend.take(work.attention_mask, index))
+            with torch.no_grad():
+                output: EncryptedTensor = self.model(embedding_output=hidden, attention_mask=mask).logits
+            logits.append(output.ciphertext)
+            seconds.append(time.perf_counter() - start)
+        return self.backend.stack(logits), seconds
+
+    def _ask_client(self, data: bytes) -> bytes:
+        if self._client is None:
+            raise RefreshError("a refresh was needed outside of a run: call Server.infer with a refresh function")
+        return self._client(data)
+
+    def _ciphertext(self, data: bytes, shape: tuple[int, ...], what: str) -> Ciphertext:
+        ciphertext = self.backend.deserialize(data, "ciphertext")
+        parameters = self.backend.parameters
+        if ciphertext.batch_shape != shape or ciphertext.components != 2 or ciphertext.level != parameters.max_level:
+            found = f"{ciphertext.batch_shape} at level {ciphertext.level}"
+            raise CorruptFileError(f"the {what} must be fresh ciphertexts of shape {shape}, got {found}: encrypt again")
+        if ciphertext.scale != parameters.scale_at(parameters.max_level):
+            raise CorruptFileError(f"the {what} carries a scale that encryption does not produce: encrypt again")
+        self.identity.check(Identity(self.identity.backend, self.identity.parameters, self.identity.model, ciphertext.key_id), what)
+        return ciphertext
+
+    def _report(self, seconds: float, batch_seconds: list[float], refreshes: int) -> dict[str, Any]:
+        log = self.backend.log
+        return {
+            "backend": self.backend.name,
+            "security_bits": self.backend.parameters.security_bits,
+            "seconds": seconds,
+            "seconds_by_batch": batch_seconds,
+            "by_op": log.by_op(),
+            "by_primitive": log.by_primitive(),
+            "operations": log.operations(),
+            "refreshes": refreshes,
+            "bootstraps": 0,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "trace": [[entry.scope, entry.primitive, entry.level, entry.count] for entry in log.trace],
+        }
+
+
+def _kind(data: bytes) -> str:
+    try:
+        return peek(data)[0]
+    except CorruptFileError:
+        return ""

@@ -1,0 +1,290 @@
+"""The server over HTTP: encrypted batches become jobs, and a client polls its job for refresh requests and the result.
+
+    GET    /info                    what is served (JSON)
+    POST   /jobs                    an encrypted batch -> {"id": ...}
+    GET    /jobs/{id}/next?wait=s   the job's next event, named by the X-HF-HE-Event header:
+                                    refresh (ciphertext bytes, numbered by X-HF-HE-Sequence), result (bytes), error, progress (JSON)
+    POST   /jobs/{id}/refresh       the refreshed ciphertext for ?sequence=
+    DELETE /jobs/{id}               forget the job
+
+Jobs run one after another in a worker thread. Sizes, queue and waiting times are bounded; every failure is answered with the name and
+message of an hf_he error, and the server goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, RefreshError, SecretKeyOnServerError, WrongKeyError
+from hf_he.protocol import EVENT_HEADER, SEQUENCE_HEADER, error_to_json
+
+if TYPE_CHECKING:
+    from hf_he.server import Server
+
+MAX_WAITING_JOBS = 8
+MAX_WAIT_SECONDS = 30.0
+CLIENT_SILENCE_SECONDS = 120.0
+
+_STATUS = {CorruptFileError: 400, SecretKeyOnServerError: 403, WrongKeyError: 409, ModelMismatchError: 409, ParameterError: 422}
+_log = logging.getLogger("hf_he.service")
+
+
+class UnknownJobError(HEError):
+    """The job does not exist (any more)."""
+
+
+class MessageTooLargeError(CorruptFileError):
+    """A request body exceeds what any valid message could need."""
+
+
+class ServerBusyError(HEError):
+    """Too many jobs are waiting."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a client finds when it polls: name, body, and the number of a refresh request."""
+
+    name: str
+    body: bytes | dict[str, Any]
+    sequence: int = 0
+
+
+class Job:
+    """One inference and the mailbox between its worker thread and the polling client."""
+
+    def __init__(self, progress: Callable[[], dict[str, Any]], silence_seconds: float = CLIENT_SILENCE_SECONDS) -> None:
+        self.id = secrets.token_hex(16)
+        self.started = False
+        self._progress = progress
+        self._silence = silence_seconds
+        self._changed = threading.Condition()
+        self._last_poll = time.monotonic()
+        self._sequence = 0
+        self._question: bytes | None = None
+        self._answer: bytes | None = None
+        self._outcome: Event | None = None
+        self.cancelled = False
+
+    @property
+    def finished(self) -> bool:
+        return self._outcome is not None
+
+    @property
+    def abandoned(self) -> bool:
+        """No client has polled for a while."""
+        return time.monotonic() - self._last_poll > self._silence
+
+    def ask(self, question: bytes) -> bytes:
+        """Called by the worker: hand a ciphertext to the client and wait for the refreshed one."""
+        with self._changed:
+            self._sequence += 1
+            self._question, self._answer = question, None
+            self._last_poll = time.monotonic()
+            self._changed.notify_all()
+            while self._answer is None and not self.cancelled:
+                if self.abandoned:
+                    raise RefreshError(f"the client did not answer a refresh request within {self._silence:.0f} s: run the inference again")
+                self._changed.wait(min(1.0, self._silence))
+            self._question = None
+            if self.cancelled:
+                raise RefreshError("the client cancelled the job")
+            return self._answer
+
+    def answer(self, sequence: int, data: bytes) -> None:
+        """Called for the client: deliver the refreshed ciphertext number `sequence`; a repeated delivery is ignored."""
+        with self._changed:
+            if sequence > self._sequence or sequence < 1 or (sequence == self._sequence and self._question is None and self._answer is None):
+                raise RefreshError(f"no refresh number {sequence} was asked for in this job")
+            if sequence == self._sequence and self._answer is None:
+                self._answer = data
+                self._changed.notify_all()
+
+    def finish(self, outcome: Event) -> None:
+        with self._changed:
+            self._outcome = outcome
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+
+    def next(self, wait: float) -> Event:
+        """The pending refresh request, the outcome, or (after `wait` seconds without either) progress."""
+        deadline = time.monotonic() + wait
+        with self._changed:
+            while True:
+                self._last_poll = time.monotonic()
+                if self._outcome is not None:
+                    return self._outcome
+                if self._question is not None and self._answer is None:
+                    return Event("refresh", self._question, self._sequence)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return Event("progress", self._progress() if self.started else {"state": "waiting"})
+                self._changed.wait(remaining)
+
+
+class JobQueue:
+    """Runs jobs one at a time on a Server and drops those whose client went away."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-he-job")
+
+    def submit(self, data: bytes) -> Job:
+        """Check a batch completely and queue it. Raises the typed errors of `Server.open` and ServerBusyError."""
+        with self._lock:
+            for job_id in [key for key, job in self._jobs.items() if job.abandoned]:
+                self._jobs.pop(job_id).cancel()
+            if sum(not job.finished for job in self._jobs.values()) >= MAX_WAITING_JOBS:
+                raise ServerBusyError(f"{MAX_WAITING_JOBS} jobs are waiting already: try again later")
+        work = self.server.open(data)
+        job = Job(self.server.progress)
+        with self._lock:
+            self._jobs[job.id] = job
+        self._worker.submit(self._run, job, work)
+        return job
+
+    def get(self, job_id: str) -> Job:
+        with self._lock:
+            if job_id not in self._jobs:
+                raise UnknownJobError("there is no such job (results are dropped when nobody asks for them): submit the batch again")
+            return self._jobs[job_id]
+
+    def remove(self, job_id: str) -> None:
+        with self._lock:
+            job = self._jobs.pop(job_id, None)
+        if job:
+            job.cancel()
+
+    def close(self) -> None:
+        for job_id in list(self._jobs):
+            self.remove(job_id)
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, job: Job, work: Any) -> None:
+        def still_wanted(_: dict[str, Any]) -> None:
+            if job.abandoned or job.cancelled:
+                raise RefreshError("the client went away")
+
+        job.started = True
+        try:
+            job.finish(Event("result", self.server.run(work, job.ask, still_wanted)))
+        except HEError as error:
+            job.finish(Event("error", error_to_json(error)))
+        except Exception as error:
+            _log.exception("job failed")
+            job.finish(Event("error", error_to_json(error)))
+
+
+def create_app(server: Server) -> FastAPI:
+    """The HTTP application around a Server."""
+    jobs = JobQueue(server)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(jobs.close)
+
+    app = FastAPI(title="hf_he", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.exception_handler(HEError)
+    def typed(request: Request, error: HEError) -> JSONResponse:
+        return JSONResponse(error_to_json(error), status_code=_status(error))
+
+    @app.get("/info")
+    def info() -> dict[str, Any]:
+        return server.describe()
+
+    @app.post("/jobs", status_code=202)
+    async def submit(request: Request) -> dict[str, str]:
+        data = await read_body(request, server.max_batch_bytes)
+        job = await run_in_threadpool(jobs.submit, data)
+        return {"id": job.id}
+
+    @app.get("/jobs/{job_id}/next")
+    def next_event(job_id: str, wait: float = 1.0) -> Response:
+        event = jobs.get(job_id).next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
+        headers = {EVENT_HEADER: event.name, SEQUENCE_HEADER: str(event.sequence)}
+        if isinstance(event.body, bytes):
+            return Response(event.body, media_type="application/octet-stream", headers=headers)
+        return JSONResponse(event.body, headers=headers)
+
+    @app.post("/jobs/{job_id}/refresh", status_code=204)
+    async def refresh(job_id: str, sequence: int, request: Request) -> Response:
+        job = jobs.get(job_id)
+        data = await read_body(request, server.max_refresh_bytes)
+        await run_in_threadpool(job.answer, sequence, data)
+        return Response(status_code=204)
+
+    @app.delete("/jobs/{job_id}", status_code=204)
+    def forget(job_id: str) -> Response:
+        jobs.remove(job_id)
+        return Response(status_code=204)
+
+    return app
+
+
+def serve(server: Server, host: str = "127.0.0.1", port: int = 8765, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until interrupted. `port` 0 picks a free one; `on_ready` receives the URL once requests are answered."""
+    import socket
+
+    import uvicorn
+
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise HEError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port, or 0 for a free one") from None
+    url = f"http://{host}:{listener.getsockname()[1]}"
+
+    class Announcing(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            if on_ready:
+                on_ready(url)
+
+    Announcing(uvicorn.Config(create_app(server), log_level="warning", access_log=False)).run(sockets=[listener])
+
+
+def _status(error: HEError) -> int:
+    if isinstance(error, UnknownJobError):
+        return 404
+    if isinstance(error, MessageTooLargeError):
+        return 413
+    if isinstance(error, ServerBusyError):
+        return 503
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 422)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a request, at most `limit` bytes. Raises MessageTooLargeError without reading more."""
+    too_large = MessageTooLargeError(f"the message is larger than the {limit} bytes a valid one may take: send fewer sentences at a time")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)

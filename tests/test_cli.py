@@ -1,0 +1,155 @@
+"""The command line: help without torch, the file commands one after another, the demo, and errors without tracebacks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import SENTENCES, save_tiny_model
+from typer.testing import CliRunner
+
+from hf_he import errors
+from hf_he.ckks.parameters import PARAMETER_SETS
+from hf_he.cli import app, main
+
+COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "env")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(SENTENCES) + "\n\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_help_of_every_command_needs_neither_torch_nor_transformers():
+    program = """
+import contextlib, io, sys
+import hf_he_cli
+for command in sys.argv[1:]:
+    sys.argv = ["hf-he", *([command] if command != "-" else []), "--help"]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        hf_he_cli.main()
+    assert "Usage" in output.getvalue(), command
+assert not {"torch", "transformers", "numba"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", program, "-", *COMMANDS], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_file_commands(model, text, tmp_path):
+    keys, encrypted = tmp_path / "keys", tmp_path / "batch.enc"
+    run("keygen", "--model", model, "--out", keys, "--backend", "simulator")
+    assert sorted(path.name for path in keys.iterdir()) == ["evaluation.keys", "public.key", "secret.key"]
+    run("encrypt", text, "--model", model, "--keys", keys, "--out", encrypted)
+    assert not any(word.encode() in encrypted.read_bytes() for word in ("film", "acting"))
+
+    inferred = json.loads(run("infer", encrypted, "--model", model, "--keys", keys, "--json"))
+    assert [sentence["text"] for sentence in inferred["sentences"]] == SENTENCES
+    assert inferred["agreement"] == 1.0 and inferred["accuracy"] is None and inferred["bytes"]["ciphertext_in"] == encrypted.stat().st_size
+
+    decrypted = json.loads(run("decrypt", tmp_path / "batch.result", "--model", model, "--keys", keys, "--json"))
+    assert decrypted["sentences"] == inferred["sentences"]
+    assert "agreement with plaintext 100.0%" in run("decrypt", tmp_path / "batch.result", "--model", model, "--keys", keys)
+
+    (keys / "batches" / next((keys / "batches").iterdir()).name).unlink()
+    with pytest.raises(errors.DataError, match="the sentences of this batch are unknown"):
+        run("decrypt", tmp_path / "batch.result", "--model", model, "--keys", keys)
+
+
+def test_demo_prints_the_json_contract(model, text, tmp_path):
+    trace = tmp_path / "trace.txt"
+    data = json.loads(run("demo", "--model", model, "--backend", "simulator", "--text", text, "--num-sentences", 3, "--json", "--trace", trace))
+    assert data["backend"] == "simulator" and len(data["sentences"]) == 3 and data["agreement"] == 1.0
+    assert all(value > 0 for value in data["bytes"].values())
+    assert all(data["seconds"][name] > 0 for name in ("keygen", "encrypt", "server", "decrypt", "total"))
+    assert "refresh encrypt" not in trace.read_text() and "linear rotate" in trace.read_text()
+
+
+def test_demo_prints_tables(model, text):
+    output = run("demo", "--model", model, "--backend", "simulator", "--text", text)
+    for expected in (SENTENCES[0], "negative", "Server time by operation", "attention", "Server time by primitive", "rotate", "peak memory", "128 bits"):
+        assert expected in output
+
+
+def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
+    from hf_he.results import InferenceResult
+    from hf_he.scripts import demo
+
+    monkeypatch.setattr(InferenceResult, "agreement", property(lambda self: 0.98))
+    monkeypatch.setattr(demo, "local_server", in_this_process)
+    run("demo", "--model", model, "--backend", "simulator", "--text", text, "--json", code=1)
+
+
+def test_demo_says_that_bootstrapping_is_not_there_yet(model, text):
+    with pytest.raises(errors.BackendUnavailableError, match="use --refresh client"):
+        run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap")
+
+
+def test_env_names_every_backend_and_parameter_set():
+    data = json.loads(run("env", "--json"))
+    assert data["parameter_sets"].keys() == PARAMETER_SETS.keys()
+    assert all(entry["security_bits"] == 128 and entry["log2_qp"] <= entry["log2_qp_limit"] for entry in data["parameter_sets"].values())
+    assert data["backends"]["simulator"] == {"available": True, "reason": "available"}
+    assert "n14" in run("env")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("decrypt", "missing.result", "--keys", "missing"), "CorruptFileError: cannot read the secret-key file"),
+        (("keygen", "--parameters", "n99"), "ParameterError: unknown parameter set 'n99'"),
+        (("serve", "--evaluation-keys", "missing.keys"), "CorruptFileError: cannot read the evaluation-key file"),
+    ],
+    ids=["no-keys", "unknown-parameters", "no-evaluation-keys"],
+)
+def test_errors_are_one_line_with_the_fix(model, arguments, error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-he", *arguments, "--model", str(model)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith(error)
+
+
+def test_text_files_are_checked(model, tmp_path):
+    from hf_he.scripts.files import read_sentences
+
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, message in (("none.txt", "cannot read"), ("empty.txt", "no sentences"), ("latin.txt", "not UTF-8")):
+        with pytest.raises(errors.DataError, match=message):
+            read_sentences(tmp_path / name)
+
+
+class in_this_process:
+    """Stands in for the server process."""
+
+    url = "here"
+
+    def __init__(self, model, evaluation_keys, refresh):
+        from hf_he.server import Server
+
+        self.server = Server(model, evaluation_keys, refresh=refresh)
+
+    def __enter__(self):
+        self.server.url = self.url
+        return self.server
+
+    def __exit__(self, *_):
+        pass
