@@ -17,8 +17,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -96,12 +96,16 @@ class TextDataset:
         """One string per row, pairs separated by a bar (for bag-of-words baselines)."""
         return list(self.first) if self.second is None else [f"{a} | {b}" for a, b in zip(self.first, self.second, strict=True)]
 
-    def head(self, limit: int | None) -> TextDataset:
-        """The first `limit` rows; all of them for None."""
-        if limit is None:
+    def select(self, rows: Sequence[int]) -> TextDataset:
+        """The given rows, in that order."""
+        second = None if self.second is None else tuple(self.second[row] for row in rows)
+        return replace(self, first=tuple(self.first[row] for row in rows), second=second, labels=tuple(self.labels[row] for row in rows))
+
+    def spread(self, limit: int | None) -> TextDataset:
+        """At most `limit` rows at equal distances (splits may be sorted by label); all of them for None."""
+        if limit is None or limit >= len(self):
             return self
-        second = None if self.second is None else self.second[:limit]
-        return TextDataset(self.task, self.split, self.first[:limit], second, self.labels[:limit])
+        return self.select([row * len(self) // limit for row in range(limit)])
 
 
 def cache_dir() -> Path:

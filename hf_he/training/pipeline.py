@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
@@ -38,20 +39,26 @@ STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial")
 
 
 class Pipeline:
-    """Runs a recipe. `max_steps` cuts every training stage (and the unlabelled texts to 8 batches' worth) for a trial run."""
+    """Runs a recipe. `max_steps` cuts every training stage, and the texts to as many batches, for a trial run.
 
-    def __init__(self, recipe: Recipe, *, max_steps: int | None = None, progress: bool = True):
+    `announce` is told the stages as they start; without it there are no progress bars either. Under `accelerate launch` all processes
+    train, the main one writes.
+    """
+
+    def __init__(self, recipe: Recipe, *, max_steps: int | None = None, announce: Callable[[str], None] | None = None):
+        self.state = PartialState()
+        self.announce = announce
         self.recipe = recipe
         self.max_steps = max_steps
-        self.progress = progress
         self.root = Path(recipe.output_dir)
         self.train = load_dataset(recipe.task, "train", recipe.data_dir)
         self.dev = load_dataset(recipe.task, "dev", recipe.data_dir)
         unlabelled = data.load_imdb_sentences() if recipe.unlabelled == "imdb" and recipe.unlabelled_rows else ()
-        self.unlabelled = _sample(unlabelled, recipe.unlabelled_rows, recipe.seed)
+        unlabelled = _shuffled(unlabelled, recipe.seed)
+        self.unlabelled, self.unseen = unlabelled[: recipe.unlabelled_rows], unlabelled[recipe.unlabelled_rows :]
         if max_steps is not None:
             rows = max_steps * recipe.kernel_stage.batch_size
-            self.train, self.unlabelled = self.train.head(rows), self.unlabelled[:rows]
+            self.train, self.unlabelled = self.train.spread(rows), self.unlabelled[:rows]
         self.num_outputs = 1 if self.train.is_regression else max(2, len(set(self.train.labels)))
 
     def run(self) -> dict[str, Any]:
@@ -82,8 +89,9 @@ class Pipeline:
             if self.unlabelled:
                 parts.append(TextDataset(self.recipe.task, "train", self.unlabelled, None, ()))
             length = self.recipe.teacher_max_length
-            logits = torch.cat([predict_logits(model, tokenizer, part, max_length=length, progress=self.progress) for part in parts])
-            save_file({"logits": logits}, folder / "logits.safetensors")
+            logits = torch.cat([predict_logits(model, tokenizer, part, max_length=length, progress=self.announce is not None) for part in parts])
+            if self.state.is_main_process:
+                save_file({"logits": logits}, folder / "logits.safetensors")
             return {"rows": len(logits)}
 
         self._stage("soft_labels", {"unlabelled": [self.recipe.unlabelled, len(self.unlabelled)], "dtype": self.recipe.teacher_dtype}, work)
@@ -154,7 +162,7 @@ class Pipeline:
             report_to="none",
             remove_unused_columns=False,
             label_names=["labels"],
-            disable_tqdm=not self.progress,
+            disable_tqdm=self.announce is None,
             seed=self.recipe.seed,
         )
         blank = torch.full((len(self.dev), self.num_outputs), float("nan"))
@@ -205,14 +213,21 @@ class Pipeline:
             **settings,
         }
         marker = self.root / name / "stage.json"
+        self.state.wait_for_everyone()
         if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["recipe"] == settings:
             return
-        shutil.rmtree(self.root / name, ignore_errors=True)
-        marker.parent.mkdir(parents=True, exist_ok=True)
+        if self.announce:
+            self.announce(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
+        if self.state.is_main_process:
+            shutil.rmtree(marker.parent, ignore_errors=True)
+            marker.parent.mkdir(parents=True)
+        self.state.wait_for_everyone()
         started = time.monotonic()
-        report = work(marker.parent)
-        report = {"recipe": settings, "seconds": round(time.monotonic() - started, 1), **report}
-        marker.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        report = {"recipe": settings} | work(marker.parent)
+        if self.state.is_main_process:
+            report["seconds"] = round(time.monotonic() - started, 1)
+            marker.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        self.state.wait_for_everyone()
 
     def _digest(self, stage: str) -> str:
         recipe = json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8"))["recipe"]
@@ -229,10 +244,8 @@ def _set_dropout(model: nn.Module, probability: float) -> None:
             module.p = probability
 
 
-def _sample(texts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
-    if count >= len(texts):
-        return texts
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:count]
+def _shuffled(texts: tuple[str, ...], seed: int) -> tuple[str, ...]:
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
     return tuple(texts[row] for row in order.tolist())
 
 

@@ -98,13 +98,14 @@ def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degre
     """`config.approximations` for `model`: intervals wide enough for the observed `ranges` plus `margin`, with the given degrees.
 
     Variances get the margin as a factor on both sides, activations a symmetric interval (which halves the work of an even or odd
-    polynomial), exponents a lower end. Ends are rounded outwards to two significant digits.
+    polynomial), exponents a lower end and, should it need them, more squarings. Ends are rounded outwards to two significant digits.
     """
     functions = _activation_functions(model)
     approximations: dict[str, dict[str, Any]] = {}
     for name, seen in ranges.items():
         if seen.statistic == "exponent":
-            entry = {"interval": [-_round_up(-seen.minimum * (1.0 + margin)), 0.0], "squarings": degrees.squarings}
+            lowest = _round_up(-seen.minimum * (1.0 + margin))
+            entry = {"interval": [-lowest, 0.0], "squarings": max(degrees.squarings, math.ceil(math.log2(lowest)))}
         elif seen.statistic == "variance":
             interval = [_round_down(seen.minimum / (1.0 + margin)), _round_up(seen.maximum * (1.0 + margin))]
             entry = {"interval": interval, "degree": degrees.norm_degree, "newton_steps": degrees.norm_newton_steps}

@@ -1,0 +1,138 @@
+"""`hf-he evaluate`: the score of a checkpoint, the ranges it kept, and trivial baselines beside it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")] = None,
+    task: Annotated[str, typer.Option(help="mr, sst2, rte, cola, mrpc or stsb.")] = "mr",
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    mode: Annotated[str, typer.Option(help="exact, polynomial or encrypted.")] = "polynomial",
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.tsv for tasks other than mr.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, at equal distances.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row; encrypted runs always use 32.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 256,
+    baselines: Annotated[bool, typer.Option(help="Also train and score the baselines.")] = True,
+    backend: Annotated[str, typer.Option(help="Backend of encrypted mode: auto, native or simulator.")] = "auto",
+    parameters: Annotated[str, typer.Option(help="Parameter set of encrypted mode; see `hf-he env`.")] = "n14",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Score a checkpoint on a task in exact, polynomial or encrypted mode."""
+    from transformers import AutoTokenizer
+
+    from hf_he.checkpoints import default_model
+    from hf_he.data import load_dataset
+    from hf_he.errors import DataError, HEError
+    from hf_he.evaluation import baselines as score_baselines
+    from hf_he.evaluation import evaluate_model
+    from hf_he.scripts.display import print_json
+
+    if mode not in ("exact", "polynomial", "encrypted"):
+        raise DataError(f"unknown mode {mode!r}: choose exact, polynomial or encrypted.")
+    directory = model or default_model()
+    rows = load_dataset(task, split, data_dir).spread(limit)
+    classifier = _load_classifier(directory, "exact" if mode == "exact" else "polynomial")
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    result = evaluate_model(classifier, tokenizer, rows, max_length=max_length, batch_size=batch_size, progress=True)
+    data = result.to_dict()
+    if mode == "encrypted":
+        data |= _encrypted(directory, rows, backend, parameters)
+    data["baselines"] = {}
+    if baselines:
+        try:
+            data["baselines"] = score_baselines(load_dataset(task, "train", data_dir), rows)
+        except HEError as error:
+            typer.echo(f"no baselines: {error}", err=True)
+    if json_output:
+        print_json(data)
+    else:
+        _print(data)
+
+
+def _load_classifier(directory: Path, mode: str):
+    """A checkpoint in `mode`; stock softmax classifiers are accepted in exact mode. Raises DataError, ApproximationError."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    import hf_he
+    from hf_he.errors import DataError
+
+    if not (directory / "config.json").is_file():
+        raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
+    classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    if isinstance(classifier, hf_he.HEBertPreTrainedModel):
+        classifier.set_mode(mode)
+    elif mode != "exact":
+        raise DataError(f"{type(classifier).__name__} has no {mode} mode: convert it with `hf-he convert`, or use --mode exact.")
+    return classifier.eval()
+
+
+def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str, Any]:
+    """Score of the decrypted logits; a refused sentence (a value would leave its range) counts as wrong."""
+    import tempfile
+
+    import numpy as np
+
+    from hf_he.client import Client
+    from hf_he.errors import DataError
+    from hf_he.evaluation import predictions_from_logits, score
+    from hf_he.keys import EVALUATION_FILE
+    from hf_he.local_server import local_server
+    from hf_he.scripts.display import count_progress, progress_bar, server_progress
+
+    if rows.second is not None:
+        raise DataError(f"the encrypted client takes single sentences, {rows.task} has pairs: use --mode polynomial, the same numbers in plaintext.")
+    client = Client.from_pretrained(directory, backend=backend, parameters=parameters)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hf-he-evaluate-") as folder:
+        with progress_bar("Generating keys") as progress:
+            client.keygen(count_progress(progress)).save(folder)
+        with local_server(directory, Path(folder) / EVALUATION_FILE) as server, progress_bar("Running the model on ciphertexts") as progress:
+            result = client.infer(server, rows.first, None if rows.is_regression else rows.labels, server_progress(progress))
+    wrong = np.full(client.model.config.num_labels, np.nan)
+    logits = np.asarray([wrong if sentence.logits is None else sentence.logits for sentence in result.sentences])
+    predictions = predictions_from_logits(rows, np.nan_to_num(logits))
+    if not rows.is_regression:
+        predictions = np.where(np.isnan(logits).any(1), -1, predictions)
+    return {
+        "mode": "encrypted",
+        "score": score(rows.metric, np.asarray(rows.labels), predictions),
+        "backend": client.backend.name,
+        "security_bits": client.backend.parameters.security_bits,
+        "agreement": result.agreement,
+        "max_logit_error": result.max_logit_error,
+        "refused": sum(sentence.refused is not None for sentence in result.sentences),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _print(data: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from hf_he.scripts.display import console
+
+    scores = Table("", data["metric"], title=f"{data['task']} {data['split']}, {data['rows']} rows, {data['mode']} mode")
+    scores.add_row("this checkpoint", f"{data['score']:.4f}", style="bold")
+    for name, value in data["baselines"].items():
+        scores.add_row(name.replace("_", " "), f"{value:.4f}")
+    console.print(scores)
+    if "agreement" in data:
+        console.print(f"agreement with polynomial mode {data['agreement']}, largest logit error {data['max_logit_error']}, {data['refused']} refused")
+    if not data["ranges"]:
+        return
+    ranges = Table("layer", "quantity", "smallest", "largest", "fitted interval", "outside", title=f"Ranges, {data['out_of_range']} values outside")
+    for name, entry in data["ranges"].items():
+        interval = "-" if entry["interval"] is None else "[{:g}, {:g}]".format(*entry["interval"])
+        numbers = (f"{entry['minimum']:.4g}", f"{entry['maximum']:.4g}", interval, f"{entry['out_of_range']} of {entry['count']:,}")
+        ranges.add_row(name, entry["statistic"], *numbers, style="bold red" if entry["out_of_range"] else None)
+    console.print(ranges)
+
+
+if __name__ == "__main__":
+    typer.run(evaluate)
