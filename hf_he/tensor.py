@@ -275,12 +275,8 @@ _HANDLERS: dict[Any, Callable] = {
     power_softmax_attention: _power_softmax,
     torch.add: _add,
     torch.Tensor.add: _add,
-    torch.Tensor.__add__: _add,
-    torch.Tensor.__radd__: _add,
     torch.mul: _multiply,
     torch.Tensor.mul: _multiply,
-    torch.Tensor.__mul__: _multiply,
-    torch.Tensor.__rmul__: _multiply,
     torch.Tensor.view: _reshape,
     torch.Tensor.reshape: _reshape,
     torch.reshape: _reshape,
@@ -289,3 +285,64 @@ _HANDLERS: dict[Any, Callable] = {
     torch.Tensor.__getitem__: _index,
     torch.Tensor.contiguous: _same,
 }
+
+
+# torch's own operators turn a TypeError of __torch_function__ into NotImplemented, which would lose the reason.
+_REFUSED_OPERATORS = [
+    "sub",
+    "rsub",
+    "isub",
+    "truediv",
+    "rtruediv",
+    "itruediv",
+    "floordiv",
+    "rfloordiv",
+    "mod",
+    "rmod",
+    "pow",
+    "rpow",
+    "matmul",
+    "rmatmul",
+    "and",
+    "rand",
+    "or",
+    "ror",
+    "xor",
+    "rxor",
+    "lshift",
+    "rshift",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "iadd",
+    "imul",
+    "bool",
+    "float",
+    "int",
+    "index",
+    "len",
+    "iter",
+    "contains",
+    "setitem",
+]
+
+
+def _refusal(name: str) -> Callable:
+    def operator(self: EncryptedTensor, *args: Any) -> Any:
+        raise _unsupported(operator)
+
+    operator.__qualname__ = operator.__name__ = f"torch.Tensor.__{name}__"
+    return operator
+
+
+for _name in _REFUSED_OPERATORS:
+    setattr(EncryptedTensor, f"__{_name}__", _refusal(_name))
+for _name, _operation in (("add", _add), ("radd", _add), ("mul", _multiply), ("rmul", _multiply)):
+    setattr(EncryptedTensor, f"__{_name}__", _operation)

@@ -12,9 +12,8 @@ from hf_he.ops.operand import Operand
 def add(context: OperationContext, a: Operand, b: Operand) -> Ciphertext:
     """a + b at the lower of their levels. No level."""
     level = min(a.level, b.level)
-    x, y = a.at(level), b.at(level)
     with context.backend.log.measure("linear"):
-        return context.backend.add(x, y)
+        return context.backend.add(a.at(level), b.at(level))
 
 
 def multiply(context: OperationContext, a: Operand, b: Operand) -> Ciphertext:
@@ -23,9 +22,8 @@ def multiply(context: OperationContext, a: Operand, b: Operand) -> Ciphertext:
         if operand.level < 1:
             operand.ensure(1)
     level = min(a.level, b.level)
-    x, y = a.at(level), b.at(level)
     with context.backend.log.measure("activation"):
-        return context.product(x, y)
+        return context.product(a.at(level), b.at(level))
 
 
 def add_number(context: OperationContext, operand: Operand, number: float) -> Ciphertext:

@@ -1,0 +1,82 @@
+"""LayerNorm, activations, sums and the first token on ciphertexts against torch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_he.approximation import fit_inverse_square_root, fit_polynomial
+from hf_he.errors import LevelError, ShapeError
+from hf_he.ops import activation, norm, reduce
+from hf_he.ops.operand import Operand
+
+
+@pytest.mark.parametrize("level", [7, 3, 0])
+@pytest.mark.parametrize(("degree", "newton_steps"), [(7, 0), (7, 1), (15, 2), (31, 3)])
+def test_layer_norm(lab, level, degree, newton_steps):
+    x, weight, bias = 2 * lab.states() + 1, lab.random(16), lab.random(16)
+    approximation = fit_inverse_square_root((0.3, 15.0), degree, newton_steps)
+    operand = lab.encrypt(x, level).operand
+    out = norm.encrypted(lab.session, operand, weight, bias, 1e-5, approximation)
+    lab.check(out, norm.reference(x, weight, bias, 1e-5, approximation), tolerance=2e-5)
+
+
+def test_layer_norm_approaches_the_exact_one(lab):
+    x, weight, bias = lab.states(), lab.random(16), lab.random(16)
+    out = norm.encrypted(lab.session, lab.encrypt(x).operand, weight, bias, 1e-5, fit_inverse_square_root((0.1, 4.0), 15, 2))
+    lab.check(out, F.layer_norm(x, (16,), weight, bias, 1e-5), tolerance=1e-4)
+
+
+def test_layer_norm_leaves_the_promised_level(lab):
+    for degree, steps in [(7, 0), (7, 1), (15, 1), (31, 2)]:
+        approximation = fit_inverse_square_root((0.3, 15.0), degree, steps)
+        out = norm.encrypted(lab.session, lab.encrypt(lab.states()).operand, lab.random(16), None, 1e-5, approximation)
+        assert out.level == min(norm.inverse_root_level(7, approximation), 5) - 1
+
+
+def test_layer_norm_refreshes_one_ciphertext(lab):
+    norm.encrypted(lab.session, lab.encrypt(lab.states()).operand, lab.random(16), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
+    assert lab.session.refresh.count == 1
+
+
+def test_layer_norm_needs_one_block(lab):
+    with pytest.raises(ShapeError, match="32 features"):
+        norm.encrypted(lab.session, lab.encrypt(lab.states(32)).operand, lab.random(32), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
+
+
+@pytest.mark.parametrize(("function", "interval", "degree"), [("gelu", (-8.0, 8.0), 31), ("relu", (-5.0, 7.0), 15), ("tanh", (-6.0, 6.0), 15)])
+@pytest.mark.parametrize("features", [16, 24])
+def test_activation_after_a_linear_map(lab, function, interval, degree, features):
+    x, weight, bias = lab.states(), 0.3 * lab.random(features, 16), lab.random(features)
+    polynomial = fit_polynomial(function, interval, degree)
+    out = activation.encrypted(lab.session, F.linear(lab.encrypt(x), weight, bias).operand, polynomial)
+    lab.check(out, polynomial(F.linear(x, weight, bias)))
+    assert out.level == 1, "one level is left for the next linear map"
+    assert lab.session.refresh.count == 0, "the interval folds into the weights"
+
+
+def test_activation_on_its_own_spends_a_level_on_its_interval(lab):
+    x, polynomial = lab.states(), fit_polynomial("gelu", (-6.0, 5.0), 15)
+    out = activation.encrypted(lab.session, lab.encrypt(x).operand, polynomial)
+    lab.check(out, polynomial(x))
+    assert out.level == 7 - 1 - 4
+
+
+def test_a_pooled_state_stays_in_range_on_other_tokens(lab):
+    x, polynomial = 5 + 2 * torch.tanh(lab.states()), fit_polynomial("tanh", (2.0, 9.0), 15)
+    pooled = Operand(lab.session, 16, reduce.encrypted(lab.session, lab.encrypt(x).ciphertext), pooled=True)
+    out = lab.decrypt(activation.encrypted(lab.session, pooled, polynomial), 16)
+    torch.testing.assert_close(out[:, 0], polynomial(x[:, 0]), atol=1e-5, rtol=0)
+    assert out[:, 1:].abs().max() < 1.1
+
+
+def test_too_deep_an_activation_says_so(make_lab):
+    lab = make_lab(levels=3)
+    with pytest.raises(LevelError, match="4 levels"):
+        activation.encrypted(lab.session, lab.encrypt(lab.states()).operand, fit_polynomial("gelu", (-6.0, 6.0), 15))
+
+
+def test_first_token(lab):
+    x = lab.states()
+    out = lab.decrypt(reduce.encrypted(lab.session, lab.encrypt(x).ciphertext), 16)
+    torch.testing.assert_close(out[:, 0], reduce.reference(x), atol=1e-6, rtol=0)
+    assert out[:, 1:].abs().max() < 1e-6
