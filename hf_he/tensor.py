@@ -288,50 +288,13 @@ _HANDLERS: dict[Any, Callable] = {
 
 
 # torch's own operators turn a TypeError of __torch_function__ into NotImplemented, which would lose the reason.
+# fmt: off
 _REFUSED_OPERATORS = [
-    "sub",
-    "rsub",
-    "isub",
-    "truediv",
-    "rtruediv",
-    "itruediv",
-    "floordiv",
-    "rfloordiv",
-    "mod",
-    "rmod",
-    "pow",
-    "rpow",
-    "matmul",
-    "rmatmul",
-    "and",
-    "rand",
-    "or",
-    "ror",
-    "xor",
-    "rxor",
-    "lshift",
-    "rshift",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "neg",
-    "pos",
-    "abs",
-    "invert",
-    "iadd",
-    "imul",
-    "bool",
-    "float",
-    "int",
-    "index",
-    "len",
-    "iter",
-    "contains",
-    "setitem",
+    "sub", "rsub", "isub", "truediv", "rtruediv", "itruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul",
+    "and", "rand", "or", "ror", "xor", "rxor", "lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert",
+    "iadd", "imul", "bool", "float", "int", "index", "len", "iter", "contains", "setitem",
 ]
+# fmt: on
 
 
 def _refusal(name: str) -> Callable:
