@@ -295,7 +295,8 @@ def collect_ranges(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
     Tensors keep their graph: variances [B, T, 1], activation inputs [..., F], kernel exponents [B, heads, T, T]. A layer that runs
     twice keeps its last tensor. Values outside the fitted interval do not raise inside. Under gradient checkpointing use the
-    non-reentrant kind (transformers' default), otherwise the tensors carry no gradient.
+    non-reentrant kind (transformers' default; with the other the tensors carry no gradient) and call backward inside the block, so
+    that the recomputation takes the same path.
     """
     observer = _Collector(model)
     _observers.append(observer)

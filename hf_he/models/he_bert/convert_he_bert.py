@@ -16,6 +16,7 @@ from hf_he.models.he_bert.modeling_he_bert import (
     HEBertModel,
     HEBertPreTrainedModel,
 )
+from hf_he.nn import EXACT_ACTIVATIONS
 
 # BertForPreTraining's next-sentence head has no place in HEBert and is dropped.
 _SOURCES: dict[str, type[BertPreTrainedModel]] = {
@@ -86,7 +87,10 @@ def convert_bert(
         if target_class is None:
             raise UnsupportedModelError(f"{type(source).__name__} has no HEBert counterpart; pass target_class.")
     fields = {k: v for k, v in config.to_dict().items() if k in _SHARED_FIELDS}
-    target_config = HEBertConfig(**{**fields, "attention_kernel": attention_kernel, **config_overrides})
+    fields |= {"attention_kernel": attention_kernel, **config_overrides}
+    if fields["hidden_act"] not in EXACT_ACTIVATIONS:
+        raise UnsupportedModelError(f"No polynomial for hidden_act={fields['hidden_act']!r}; pass the closest of {', '.join(EXACT_ACTIVATIONS)} as hidden_act.")
+    target_config = HEBertConfig(**fields)
     target = target_class(target_config).to(source.dtype)
     weights = _renamed(source, target)
     missing = [name for name in target.state_dict() if name not in weights]

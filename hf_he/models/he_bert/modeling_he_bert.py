@@ -123,8 +123,6 @@ class HEBertSelfAttention(PolynomialLayer):
         self.entry_keys = ("interval", "degree", "goldschmidt_steps") if power else ("interval", "squarings")
 
     def build_approximation(self, entry: Mapping[str, Any]) -> KernelExponential | Reciprocal:
-        if self.config.attention_kernel == "softmax":
-            raise ApproximationError(f"{self.layer_name}: softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
         interval = (float(entry["interval"][0]), float(entry["interval"][1]))
         if self.config.attention_kernel == "power_softmax":
             return fit_reciprocal(interval, entry["degree"], entry["goldschmidt_steps"])
@@ -304,6 +302,11 @@ class HEBertPreTrainedModel(PolynomialModeMixin, PreTrainedModel):
         elif isinstance(module, HEBertSinusoidalPositions):
             init.copy_(module.table, module.sinusoids(*module.table.shape))
             init.constant_(module.scale, module.table.shape[1] ** -0.5)
+
+    def set_mode(self, mode: str) -> None:
+        if mode == "polynomial" and self.config.attention_kernel == "softmax":
+            raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
+        super().set_mode(mode)
 
 
 class HEBertModel(HEBertPreTrainedModel):
