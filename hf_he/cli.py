@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated
 
@@ -111,6 +112,19 @@ def env(json_output: Json = False) -> None:
 
 def _load(name: str):
     return import_module(f"hf_he.scripts.{name}")
+
+
+def _from_file(name: str):
+    """A script that holds its own command, loaded without importing the package: at their top these import nothing heavy."""
+    spec = spec_from_file_location(f"hf_he_cli_{name}", Path(__file__).parent / "scripts" / f"{name}.py")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+for _name in ("train", "convert", "evaluate"):
+    app.command(_name)(getattr(_from_file(_name), _name))
 
 
 def main() -> None:

@@ -25,20 +25,21 @@ from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
 from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
-from hf_he.results import InferenceResult, Sentence
+from hf_he.results import InferenceResult, Sentence, merge_reports
 from hf_he.tensor import required_rotations
 
 DEFAULT_PARAMETERS = "n14"
 MAX_REFRESHES_PER_BATCH = 256
+_BATCHES_PER_MESSAGE = 64
 _REFERENCE_BATCH = 32
+
+Progress = Callable[[dict[str, Any]], None]
 
 
 class InferenceServer(Protocol):
     """What `Client.infer` needs: `hf_he.Server` here, or `hf_he.connect(url)` for another process."""
 
-    def infer(
-        self, data: bytes, refresh: Callable[[bytes], bytes], progress: Callable[[dict[str, Any]], None] | None = None
-    ) -> bytes: ...
+    def infer(self, data: bytes, refresh: Callable[[bytes], bytes], progress: Progress | None = None) -> bytes: ...
 
 
 class Client:
@@ -165,29 +166,34 @@ class Client:
         rows = iter(logits)
         return [s if s.refused is not None else s.with_logits(next(rows)) for s in sentences]
 
-    def infer(
-        self,
-        server: InferenceServer,
-        texts: Sequence[str],
-        labels: Sequence[int] | None = None,
-        progress: Callable[[dict[str, Any]], None] | None = None,
-    ) -> InferenceResult:
-        """Prepare, encrypt, run on the server while answering its refresh requests, decrypt."""
-        sentences = self.prepare(texts, labels)
-        start = time.perf_counter()
-        batch = self.encrypt(sentences)
-        data = batch.to_bytes()
-        encrypted = time.perf_counter()
-        result = self.run(server, batch, data, progress)
-        answered = time.perf_counter()
-        decrypted = self.decrypt(result, sentences)
-        seconds = {"encrypt": encrypted - start, "decrypt": time.perf_counter() - answered}
-        sizes = {"ciphertext_in": len(data), "ciphertext_out": len(result.logits)}
-        return InferenceResult(decrypted, result.report, self.label_names, seconds, sizes)
+    def infer(self, server: InferenceServer, texts: Sequence[str], labels: Sequence[int] | None = None, progress: Progress | None = None) -> InferenceResult:
+        """`prepare`, then `classify`."""
+        return self.classify(server, self.prepare(texts, labels), progress)
 
-    def run(
-        self, server: InferenceServer, batch: EncryptedBatch, data: bytes | None = None, progress: Callable[[dict[str, Any]], None] | None = None
-    ) -> EncryptedResult:
+    def classify(self, server: InferenceServer, sentences: Sequence[Sentence], progress: Progress | None = None) -> InferenceResult:
+        """Encrypt prepared sentences, run them on the server while answering its refresh requests, decrypt.
+
+        Large inputs go in several messages of at most 64 batches each.
+        """
+        lanes = self.packing.sequences
+        total = -(-sum(sentence.refused is None for sentence in sentences) // lanes)
+        seconds, sizes = {"encrypt": 0.0, "decrypt": 0.0}, {"ciphertext_in": 0, "ciphertext_out": 0}
+        decrypted, reports = [], []
+        for index, part in enumerate(_parts(sentences, lanes * _BATCHES_PER_MESSAGE)):
+            start = time.perf_counter()
+            batch = self.encrypt(part)
+            data = batch.to_bytes()
+            seconds["encrypt"] += time.perf_counter() - start
+            result = self.run(server, batch, data, _shifted(progress, index * _BATCHES_PER_MESSAGE, total))
+            start = time.perf_counter()
+            decrypted += self.decrypt(result, part)
+            seconds["decrypt"] += time.perf_counter() - start
+            sizes["ciphertext_in"] += len(data)
+            sizes["ciphertext_out"] += len(result.logits)
+            reports.append(result.report)
+        return InferenceResult(decrypted, merge_reports(reports), self.label_names, seconds, sizes)
+
+    def run(self, server: InferenceServer, batch: EncryptedBatch, data: bytes | None = None, progress: Progress | None = None) -> EncryptedResult:
         """Only the server's part: send an encrypted batch, answer refresh requests, return the checked encrypted result."""
         batch.identity.check(self.identity, "encrypted batch")
         answer = server.infer(batch.to_bytes() if data is None else data, self.refresher(batch.batches), progress)
@@ -221,6 +227,27 @@ class Client:
             if len(texts) == 1:
                 return [(None, str(error))]
         return [self._reference([text])[0] for text in texts]
+
+
+def _parts(sentences: Sequence[Sentence], size: int) -> list[list[Sentence]]:
+    """Consecutive parts with at most `size` accepted sentences each; refused ones stay in place, and only a whole input may be refused."""
+    parts: list[list[Sentence]] = [[]]
+    accepted = 0
+    for sentence in sentences:
+        if sentence.refused is None:
+            accepted += 1
+            if accepted > size:
+                parts.append([])
+                accepted = 1
+        parts[-1].append(sentence)
+    return parts
+
+
+def _shifted(progress: Progress | None, offset: int, total: int) -> Progress | None:
+    """Progress of one message as progress of the whole input."""
+    if progress is None:
+        return None
+    return lambda event: progress(event | {"batch": event["batch"] + offset, "batches": total} if "batch" in event else event)
 
 
 def _load_tokenizer(directory: Path):

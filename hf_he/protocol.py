@@ -6,46 +6,23 @@ computation and raised as the class that says what to change: ModelMismatchError
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_he import errors
-from hf_he.errors import CorruptFileError, DataError, HEError, ModelMismatchError, ParameterError, WrongKeyError
+from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, WrongKeyError
 from hf_he.serialization import pack, unpack
 
 BATCH_KIND = "encrypted_batch"
 RESULT_KIND = "encrypted_result"
-MAX_BATCHES = 1024
+MAX_BATCHES = 256
+SEQUENCE_LENGTH = 32
 EVENT_HEADER = "X-HF-HE-Event"
 SEQUENCE_HEADER = "X-HF-HE-Sequence"
-
-_VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-
-
-def model_fingerprint(directory: str | Path) -> str:
-    """16 hex digits over the configuration and all weight files of a saved model; client and server must agree on it.
-
-    Raises DataError when `directory` holds no saved model.
-    """
-    directory = Path(directory)
-    config, weights = directory / "config.json", sorted(directory.glob("*.safetensors"))
-    if not config.is_file() or not weights:
-        raise DataError(f"{directory} holds no model: give a folder with config.json and model.safetensors (make one with `hf-he convert` or `hf-he train`)")
-    try:
-        described = {key: value for key, value in json.loads(config.read_text(encoding="utf-8")).items() if key not in _VOLATILE_CONFIG}
-    except (ValueError, AttributeError):
-        raise CorruptFileError(f"{config} is not readable JSON: copy the model again") from None
-    hashed = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for path in weights:
-        with path.open("rb") as file:
-            hashed.update(hashlib.file_digest(file, "sha256").digest())
-    return hashed.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

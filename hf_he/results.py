@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -116,6 +117,18 @@ class InferenceResult:
             "peak_memory_gb_by_process": {"client": client_peak / 1e9, "server": server_peak / 1e9},
             "bytes": {name: self.sizes.get(name) for name in ("evaluation_keys", "ciphertext_in", "ciphertext_out")},
         }
+
+
+def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reports of several messages as one: times and counts add up, the peak memory is the largest."""
+    merged = dict(reports[0])
+    for report in reports[1:]:
+        for name in ("seconds", "refreshes", "bootstraps", "seconds_by_batch", "trace"):
+            merged[name] = merged[name] + report[name]
+        for name in ("by_op", "by_primitive", "operations"):
+            merged[name] = dict(Counter(merged[name]) + Counter(report[name]))
+        merged["peak_memory_bytes"] = max(merged["peak_memory_bytes"], report["peak_memory_bytes"])
+    return merged
 
 
 def _argmax(logits: tuple[float, ...] | None) -> int | None:

@@ -17,13 +17,12 @@ from hf_he.errors import CorruptFileError, ParameterError, RefreshError, SecretK
 from hf_he.keys import ServerKeys
 from hf_he.measurement import peak_memory_bytes
 from hf_he.packing import Packing, ScoreLayout
-from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
+from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
 from hf_he.refresh import BootstrapRefresh, ClientRefresh
 from hf_he.serialization import peek
 from hf_he.tensor import EncryptedSession, EncryptedTensor
 
 REFRESH_POLICIES = ("client", "bootstrap")
-MAX_BATCHES_PER_JOB = 256
 
 Refresh = Callable[[bytes], bytes]
 Progress = Callable[[dict[str, Any]], None]
@@ -74,7 +73,7 @@ class Server:
             "security_bits": parameters.security_bits,
             "ring_degree": parameters.ring_degree,
             "sequences_per_batch": self.packing.sequences,
-            "max_batches": MAX_BATCHES_PER_JOB,
+            "max_batches": MAX_BATCHES,
         }
 
     @property
@@ -85,7 +84,7 @@ class Server:
     @property
     def max_batch_bytes(self) -> int:
         """No valid encrypted batch is larger."""
-        return MAX_BATCHES_PER_JOB * (self._blocks + self._scores) * self._ciphertext_bytes + 2**20
+        return MAX_BATCHES * (self._blocks + self._scores) * self._ciphertext_bytes + 2**20
 
     @property
     def max_refresh_bytes(self) -> int:
@@ -106,8 +105,6 @@ class Server:
             raise SecretKeyOnServerError("a secret-key file was sent to the server: consider that key lost, and generate new keys with `hf-he keygen`")
         batch = EncryptedBatch.from_bytes(data)
         batch.identity.check(self.identity, "encrypted batch")
-        if batch.batches > MAX_BATCHES_PER_JOB:
-            raise ParameterError(f"{batch.batches} batches in one message, at most {MAX_BATCHES_PER_JOB} are taken: send fewer sentences at a time")
         embeddings = self._ciphertext(batch.embeddings, (batch.batches, self._blocks), "embeddings")
         mask = self._ciphertext(batch.attention_mask, (batch.batches, self._scores), "attention mask")
         return Work(batch.batches, batch.batch_id, embeddings, mask)

@@ -99,6 +99,17 @@ class TestInference:
         decrypted = client.decrypt(client.run(server, batch), sentences)
         assert max(s.max_logit_error for s in decrypted) < 1e-3
 
+    def test_large_inputs_go_in_several_messages(self, client, server, monkeypatch):
+        monkeypatch.setattr("hf_he.client._BATCHES_PER_MESSAGE", 1)
+        lanes = client.packing.sequences
+        texts = [SENTENCES[i % len(SENTENCES)] for i in range(2 * lanes)]
+        texts.insert(lanes, OUT_OF_RANGE)
+        seen = []
+        result = client.infer(server, texts, progress=seen.append)
+        assert [s.text for s in result.sentences] == texts and result.labels[lanes] is None
+        assert result.agreement == 1.0 and len(result.report["seconds_by_batch"]) == 2
+        assert [(event["batch"], event["batches"]) for event in seen] == [(1, 2), (2, 2)]
+
     def test_over_http_the_result_and_the_trace_are_the_same(self, client, server, remote, batch):
         local, distant = client.run(server, batch), client.run(remote, batch)
         without_encoding = [[entry for entry in result.report["trace"] if entry[1] != "encode"] for result in (local, distant)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import InferenceResult
 from hf_he.scripts.display import (
     count_progress,
-    messages,
     print_json,
     print_measurements,
     print_notices,
     print_sentences,
     print_summary,
     progress_bar,
+    say,
     server_progress,
 )
 from hf_he.scripts.files import read_sentences
@@ -59,29 +60,18 @@ def run_demo(
             keys = client.keygen(count_progress(progress))
             sizes = keys.save(folder)
         seconds["keygen"] = time.perf_counter() - began
-        messages.print(f"keys: {sizes[EVALUATION_FILE] / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
-
-        began = time.perf_counter()
-        batch = client.encrypt(sentences)
-        data = batch.to_bytes()
-        seconds["encrypt"] = time.perf_counter() - began
-        messages.print(f"encrypted: {batch.batches} batches of {client.packing.sequences} sentences, {len(data) / 1e6:.1f} MB, in {seconds['encrypt']:.1f} s")
+        say(f"keys: {sizes[EVALUATION_FILE] / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
 
         began = time.perf_counter()
         with local_server(model, Path(folder) / EVALUATION_FILE, refresh) as server:
             seconds["server_start"] = time.perf_counter() - began
-            messages.print(f"server: process with the model and the evaluation-key file only, at {server.url}")
-            with progress_bar("Running the model on ciphertexts") as progress:
-                answer = client.run(server, batch, data, server_progress(progress))
-
-    began = time.perf_counter()
-    decrypted = client.decrypt(answer, sentences)
-    seconds["decrypt"] = time.perf_counter() - began
+            say(f"server: a process with the model and the evaluation-key file only, at {server.url}")
+            with progress_bar("Running the model on ciphertexts (the first run also compiles kernels)") as progress:
+                result = client.classify(server, sentences, server_progress(progress))
     seconds["total"] = time.perf_counter() - start
     if trace is not None:
-        write_file(trace, "".join(f"{scope} {name} {level} {count}\n" for scope, name, level, count in answer.report["trace"]).encode())
-    measured = {"evaluation_keys": sizes[EVALUATION_FILE], "ciphertext_in": len(data), "ciphertext_out": len(answer.logits)}
-    return InferenceResult(decrypted, answer.report, client.label_names, seconds, measured)
+        write_file(trace, "".join(f"{scope} {name} {level} {count}\n" for scope, name, level, count in result.report["trace"]).encode())
+    return replace(result, seconds={**result.seconds, **seconds}, sizes={**result.sizes, "evaluation_keys": sizes[EVALUATION_FILE]})
 
 
 def demo(
@@ -107,5 +97,5 @@ def demo(
         print_summary(data)
     agrees = data["agreement"] is not None and data["agreement"] >= REQUIRED_AGREEMENT
     if not agrees:
-        messages.print(f"[red]encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences[/]")
+        say(f"[red]encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences[/]")
     return agrees

@@ -11,11 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
 from hf_he.results import InferenceResult, Sentence
 
 console = Console()
 messages = Console(stderr=True)
+disable_progress_bar()
+
+
+def say(text: str | Text) -> None:
+    """A line on stderr, broken only by the terminal itself."""
+    messages.print(text, soft_wrap=True, highlight=False)
 
 
 def print_json(data: Any) -> None:
@@ -25,9 +32,11 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
-    """A transient progress display on stderr; on a non-terminal only the finished line is printed."""
+    """A transient progress display on stderr; where that is no terminal, only the description is printed."""
+    if not messages.is_terminal:
+        say(description)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         progress.add_task(description, total=None, note="")
         yield progress
 
@@ -64,23 +73,26 @@ def print_notices(sentences: list[Sentence] | tuple[Sentence, ...], limit: int) 
     """Say which sentences were cut and which were refused."""
     cut = sum(sentence.truncated for sentence in sentences)
     if cut:
-        messages.print(f"[yellow]notice:[/] {cut} of {len(sentences)} sentences are longer than {limit} tokens and were cut there")
+        say(f"[yellow]notice:[/] {cut} of {len(sentences)} sentences are longer than {limit} tokens and were cut there")
     for sentence in sentences:
         if sentence.refused is not None:
-            messages.print(Text.assemble(("refused: ", "red"), f"{sentence.text[:60]!r}: {sentence.refused}"))
+            say(Text.assemble(("refused: ", "red"), f"{sentence.text[:60]!r}: {sentence.refused}"))
 
 
 def print_sentences(result: InferenceResult) -> None:
-    table = Table(title="Predictions")
-    for name, justify in (("sentence", "left"), ("true", "left"), ("plaintext", "left"), ("encrypted", "left"), ("max logit error", "right")):
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", ratio=1 if name == "sentence" else None)
+    headers = ("sentence", "true", "plaintext", "encrypted", "logit error")
+    rows = []
     for sentence in result.sentences:
         names = [result.label_name(index) or "-" for index in (sentence.label, sentence.plaintext_prediction, sentence.prediction)]
         if sentence.refused is not None:
             names[1:] = ["refused", "refused"]
-        error = "-" if sentence.max_logit_error is None else f"{sentence.max_logit_error:.1e}"
-        same = sentence.prediction == sentence.plaintext_prediction
-        table.add_row(Text(sentence.text), *names, error, style=None if same else "bold red")
+        rows.append([sentence.text, *names, "-" if sentence.max_logit_error is None else f"{sentence.max_logit_error:.1e}"])
+    taken = sum(max(len(row[column]) for row in [headers, *rows]) + 3 for column in range(1, len(headers)))
+    table = Table(*headers, title="Predictions")
+    for sentence, row in zip(result.sentences, rows, strict=True):
+        text = Text(row[0])
+        text.truncate(max(console.width - taken - 4, 10), overflow="ellipsis")
+        table.add_row(text, *row[1:], style=None if sentence.prediction == sentence.plaintext_prediction else "bold red")
     console.print(table)
 
 
@@ -104,9 +116,9 @@ def print_measurements(data: dict[str, Any]) -> None:
     facts = Table(show_header=False, title="Run")
     facts.add_column()
     facts.add_column()
-    for name in ("keygen", "encrypt", "server", "decrypt", "total"):
+    for name in ("keygen", "encrypt", "server_start", "server", "decrypt", "total"):
         if seconds.get(name) is not None:
-            facts.add_row(f"{name} time", f"{seconds[name]:.2f} s")
+            facts.add_row(f"{name.replace('_', ' ')} time", f"{seconds[name]:.2f} s")
     for name, size in data["bytes"].items():
         if size is not None:
             facts.add_row(name.replace("_", " "), f"{size / 1e6:.1f} MB")

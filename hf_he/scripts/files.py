@@ -28,13 +28,13 @@ from hf_he.results import InferenceResult, Sentence
 from hf_he.scripts.display import (
     console,
     count_progress,
-    messages,
     print_json,
     print_measurements,
     print_notices,
     print_sentences,
     print_summary,
     progress_bar,
+    say,
     server_progress,
 )
 from hf_he.serialization import read_file, write_file
@@ -77,11 +77,11 @@ def infer(encrypted: Path, model: Path | None, keys: Path, out: Path | None, ser
     batch = EncryptedBatch.from_bytes(data)
     with ExitStack() as stack:
         if server is None:
-            messages.print("Starting a server process")
+            say("Starting a server process")
             remote = stack.enter_context(local_server(client.directory, keys / EVALUATION_FILE, refresh))
         else:
             remote = stack.enter_context(connect(server))
-        progress = stack.enter_context(progress_bar("Running the model on ciphertexts"))
+        progress = stack.enter_context(progress_bar("Running the model on ciphertexts (the first run also compiles kernels)"))
         result = client.run(remote, batch, data, server_progress(progress))
     target = out or encrypted.with_suffix(".result")
     write_file(target, result.to_bytes())
