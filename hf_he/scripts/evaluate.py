@@ -113,11 +113,12 @@ def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str
 
 
 def _print(data: dict[str, Any]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from hf_he.scripts.display import console
 
-    scores = Table("", data["metric"], title=f"{data['task']} {data['split']}, {data['rows']} rows, {data['mode']} mode")
+    console.print(f"{data['task']} {data['split']}, {data['rows']} rows, {data['mode']} mode", style="bold")
+    scores = Table("", data["metric"])
     scores.add_row("this checkpoint", f"{data['score']:.4f}", style="bold")
     for name, value in data["baselines"].items():
         scores.add_row(name.replace("_", " "), f"{value:.4f}")
@@ -126,7 +127,8 @@ def _print(data: dict[str, Any]) -> None:
         console.print(f"agreement with polynomial mode {data['agreement']}, largest logit error {data['max_logit_error']}, {data['refused']} refused")
     if not data["ranges"]:
         return
-    ranges = Table("layer", "quantity", "smallest", "largest", "fitted interval", "outside", title=f"Ranges, {data['out_of_range']} values outside")
+    console.print(f"{data['out_of_range']} values outside their fitted intervals", style="bold")
+    ranges = Table(Column("layer", overflow="fold", min_width=24), "quantity", "smallest", "largest", "fitted interval", "outside")
     for name, entry in data["ranges"].items():
         interval = "-" if entry["interval"] is None else "[{:g}, {:g}]".format(*entry["interval"])
         numbers = (f"{entry['minimum']:.4g}", f"{entry['maximum']:.4g}", interval, f"{entry['out_of_range']} of {entry['count']:,}")

@@ -1,0 +1,132 @@
+"""A whole recipe in miniature: stock BERT and TSV files in, a published polynomial-mode HEBert out, and a second run that does nothing."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from tiny_model import WORDS
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+from typer.testing import CliRunner
+
+import hf_he
+from hf_he.errors import UnsupportedModelError
+from hf_he.scripts.train import train
+from hf_he.training.conversion import convert_checkpoint
+
+GOOD, BAD = ("good", "great", "funny"), ("bad", "dull", "sad")
+STAGE = {"epochs": 4, "learning_rate": 2e-3, "batch_size": 16, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A random two-layer stock BERT with a masked-language-model head and the tiny vocabulary."""
+    folder = tmp_path_factory.mktemp("stock")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, stock):
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "sst2").mkdir()
+    for split, offset, rows in (("train", 0, 96), ("dev", 50, 40)):
+        lines = []
+        for index in range(offset, offset + rows):
+            word = (GOOD if index % 2 else BAD)[index % 3]
+            lines.append(f"{WORDS[index % 2]} {word} {WORDS[2 + index % 4]}\t{index % 2}")
+        (folder / "sst2" / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    values = {
+        "task": "sst2", "data_dir": str(folder), "student": str(stock), "teacher": str(stock), "teacher_dtype": "float32",
+        "output_dir": str(folder / "out"), "max_length": 8, "teacher_max_length": 8, "unlabelled": "none", "label_repeats": 1, "random_rows": 16,
+        "degrees": {"norm_newton_steps": 1, "activations": {"gelu": 15, "tanh": 15}},
+        "teacher_stage": STAGE,
+        "softmax_stage": STAGE | {"loss": {"soft": 1.0}},
+        "kernel_stage": STAGE | {"loss": {"soft": 1.0, "hidden": 0.1, "penalty": 0.1}},
+        "polynomial_stage": STAGE | {"learning_rate": 2e-4, "loss": {"soft": 1.0, "penalty": 0.1}},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(*arguments):
+    import typer
+
+    app = typer.Typer()
+    app.command()(train)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe):
+    result = run("--config", recipe, "--json")
+    assert result.exit_code == 0
+    return recipe.parent / "out", json.loads(result.stdout[result.stdout.index("{\n") :])
+
+
+def test_the_student_learns_in_polynomial_mode_and_stays_in_range(trained):
+    _, report = trained
+    assert report["scores"]["dev"]["polynomial"] == 1.0
+    assert {name: report["ranges"][name]["out_of_range"] for name in ("train rows", "dev rows")} == {"train rows": 0, "dev rows": 0}
+    assert set(report["comparison"]["dev"]) == {"softmax student", "teacher", "majority", "tfidf_logistic_regression"}
+
+
+def test_the_published_folder_is_half_precision_and_loads_in_polynomial_mode(trained):
+    out, report = trained
+    model, info = AutoModelForSequenceClassification.from_pretrained(out / "published", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (model.dtype, model.config.mode, type(model)) == (torch.float16, "polynomial", hf_he.HEBertForSequenceClassification)
+    assert model.config.approximations == report["approximations"]
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    names = {path.name for path in (out / "published").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_hf_he.py", "README.md", "report.json", "training.png"} <= names
+    assert AutoTokenizer.from_pretrained(out / "published")("a great film")["input_ids"]
+
+
+def test_the_card_has_valid_metadata_and_the_measured_score(trained):
+    out, report = trained
+    card = ModelCard.load(out / "published" / "README.md")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("apache-2.0", "transformers", "text-classification")
+    assert [result.metric_value for result in card.data.eval_results] == [round(report["scores"]["dev"]["polynomial"], 4)]
+    for heading in ("Scores", "Approximations and ranges", "Threat model", "Provenance", "Intended use"):
+        assert f"## {heading}" in card.text
+    assert "{" not in card.text.replace("```", "")
+
+
+def test_a_second_run_repeats_only_stages_whose_settings_changed(trained, recipe):
+    out, _ = trained
+    written = {stage: (out / stage / "stage.json").stat().st_mtime_ns for stage in ("teacher", "soft_labels", "softmax", "kernel", "polynomial")}
+    changed = yaml.safe_load(recipe.read_text()) | {"margin": 0.5}
+    other = recipe.with_name("changed.yaml")
+    other.write_text(yaml.safe_dump(changed))
+    assert run("--config", other).exit_code == 0
+    again = {stage for stage in written if (out / stage / "stage.json").stat().st_mtime_ns != written[stage]}
+    assert again == {"polynomial"}
+
+
+def test_max_steps_makes_a_trial_run(recipe, tmp_path):
+    assert run("--config", recipe, "--max-steps", 2, "--output-dir", tmp_path).exit_code == 0
+    log = json.loads((tmp_path / "kernel" / "stage.json").read_text())["log"]
+    assert log[-1]["step"] == 2
+
+
+def test_conversion_copies_weights_and_puts_a_new_head_on_an_encoder(stock):
+    source = BertForMaskedLM.from_pretrained(stock)
+    model = convert_checkpoint(stock, num_labels=3)
+    torch.testing.assert_close(model.bert.encoder.layer[1].output.dense.weight, source.bert.encoder.layer[1].output.dense.weight)
+    assert (model.config.num_labels, model.config.attention_kernel, model.config.mode) == (3, "gaussian_kernel", "exact")
+
+
+def test_conversion_keeps_a_trained_head(stock, tmp_path):
+    source = BertForSequenceClassification.from_pretrained(stock, num_labels=2)
+    source.save_pretrained(tmp_path)
+    model = convert_checkpoint(tmp_path)
+    torch.testing.assert_close(model.classifier.weight, source.classifier.weight)
+    with pytest.raises(UnsupportedModelError, match="head of 2 labels"):
+        convert_checkpoint(tmp_path, num_labels=3)

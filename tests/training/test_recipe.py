@@ -1,0 +1,50 @@
+"""Recipes refuse what they do not know; the shipped one loads."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_he.errors import DataError
+from hf_he.training.recipe import Recipe, load_recipe
+
+SHIPPED = Path(__file__).parents[2] / "recipes" / "he_bert_tiny" / "config.yaml"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_shipped_recipe_loads_and_flags_override_it():
+    recipe = load_recipe(SHIPPED, seed=7, output_dir=None)
+    assert (recipe.task, recipe.seed, recipe.output_dir) == ("mr", 7, "out/he_bert_tiny")
+    assert recipe.polynomial_stage.loss.penalty > 0
+
+
+def test_nested_values_and_defaults(tmp_path):
+    recipe = load_recipe(write(tmp_path, "kernel_stage: {learning_rate: 3e-4, epochs: 2, loss: {penalty: 1}}"))
+    assert (recipe.kernel_stage.learning_rate, recipe.kernel_stage.epochs, recipe.kernel_stage.loss.penalty) == (3e-4, 2.0, 1.0)
+    assert recipe.teacher_stage == Recipe().teacher_stage
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "unknown key 'learning_rte'; known: data_dir"),
+        ("kernel_stage: {loss: {penality: 1}}", "kernel_stage: loss: unknown key 'penality'"),
+        ("kernel_stage: {epochs: many}", "kernel_stage: epochs must be a number, got 'many'"),
+        ("seed: a", "seed must be int, got 'a'"),
+        ("task: imdb", "task 'imdb' is not one of mr"),
+        ("unlabelled: wikipedia", "must be imdb or none"),
+        ("kernel_stage: 3", "expected keys and values, got 3"),
+    ],
+)
+def test_mistakes_are_named(text, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(DataError, match="does not exist: give a recipe"):
+        load_recipe(tmp_path / "none.yaml")
