@@ -268,8 +268,10 @@ def fit_reciprocal(interval: Interval, degree: int, steps: int) -> Reciprocal:
 def kernel_exponential(interval: Interval, squarings: int) -> KernelExponential:
     """(1 + x / 2^k)^(2^k) on [lo, 0] with its certified absolute error.
 
+    The base lies in [-1, 1] down to lo = -2^(k+1), so that intervals up to almost that are served; near it the even power grows again.
+
     Raises:
-        ApproximationError: the interval does not end at 0, or 2^k squarings cannot reach lo (their value would grow again).
+        ApproximationError: the interval does not end at 0, or k squarings do not reach lo (an error above 0.1).
     """
     low, high = (float(v) for v in interval)
     if not (math.isfinite(low) and low < 0.0 and high == 0.0):
@@ -277,12 +279,18 @@ def kernel_exponential(interval: Interval, squarings: int) -> KernelExponential:
     if not 1 <= squarings <= 20:
         raise ApproximationError(f"squarings must be in 1..20, got {squarings}.")
     n = 1 << squarings
-    if low < -n:
-        raise ApproximationError(f"{squarings} squarings cover exponents down to {-n}, not {low:g}: use at least {math.ceil(math.log2(-low))} squarings.")
-    # For -n <= x <= 0 both functions lie in [0, e^x] and both second derivatives in [0, 1]; below -64 nothing is left to compare.
-    x, step = np.linspace(max(low, -64.0), 0.0, 1 << 17, retstep=True)
-    error = float(np.max(np.exp(x) - (1.0 + x / n) ** n)) + step**2 / 8 + 1e-12
-    return KernelExponential(squarings, (low, 0.0), max(error, math.exp(-64.0)))
+    # For -n <= x <= 0 both functions lie in [0, e^x]; further down (1 + x/n)^n is its own mirror image about -n. Both second derivatives
+    # lie in [0, 1] for -2n <= x, and below -64 (or -n) the larger of the two bounds is all that is left.
+    error = math.inf
+    if low > -2 * n:
+        x, step = np.linspace(max(low, -64.0), 0.0, 1 << 17, retstep=True)
+        error = float(np.max(np.abs(np.exp(x) - (1.0 + x / n) ** n))) + step**2 / 8 + 1e-12
+        error = max(error, math.exp(-64.0), math.exp(-(2 * n + low)) if low < -n else 0.0)
+    if error > 0.1:
+        raise ApproximationError(
+            f"(1 + x / {n})^{n} does not reach down to {low:g}: use at least {max(math.ceil(math.log2(-low)) - 1, squarings + 1)} squarings."
+        )
+    return KernelExponential(squarings, (low, 0.0), error)
 
 
 def _function(name: str) -> Function:

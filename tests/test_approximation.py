@@ -165,6 +165,14 @@ def test_kernel_exponential(squarings):
     torch.testing.assert_close(approximation(x), squared, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("low", [-40.0, -50.0, -60.0])
+def test_kernel_exponential_reaches_below_its_zero(low):
+    """With 5 squarings the zero is at -32; down to almost -64 the power is small again."""
+    approximation = kernel_exponential((low, 0.0), 5)
+    x = torch.linspace(low, 0, 300_001, dtype=torch.float64)
+    assert (approximation(x) - x.exp()).abs().max() <= approximation.max_error < 0.02
+
+
 def test_minimal_polynomial_takes_the_fewest_levels():
     polynomial = minimal_polynomial("tanh", (-4.0, 4.0), 1e-3)
     assert polynomial.max_error <= 1e-3 < fit_polynomial("tanh", (-4.0, 4.0), (polynomial.degree - 1) // 2).max_error
@@ -182,7 +190,8 @@ def test_minimal_polynomial_takes_the_fewest_levels():
         (lambda: fit_inverse_square_root((1e-6, 100.0), 3, 2), "Newton diverges"),
         (lambda: fit_inverse_square_root((0.1, 1.0), 3, -1), "must not be negative"),
         (lambda: fit_reciprocal((0.1, 1.0), 3, -1), "must not be negative"),
-        (lambda: kernel_exponential((-600.0, 0.0), 9), "at least 10 squarings"),
+        (lambda: kernel_exponential((-1200.0, 0.0), 9), "at least 10 squarings"),
+        (lambda: kernel_exponential((-1024.0, 0.0), 9), "at least 10 squarings"),
         (lambda: kernel_exponential((-6.0, 1.0), 9), r"lives in \[lo, 0\]"),
         (lambda: kernel_exponential((-6.0, 0.0), 0), "1..20"),
     ],

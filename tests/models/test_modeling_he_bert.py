@@ -57,10 +57,14 @@ class TestPaperArchitecture(ModelContract):
     family = variant(**PAPER)
 
     def test_parameters_are_those_of_the_paper(self):
-        model = self.make(HEBertForSequenceClassification)
-        assert not any(n.endswith("bias") for n, _ in model.named_parameters() if "LayerNorm" not in n and "out_proj" not in n)
-        shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("classifier") and n.endswith("weight")}
-        assert shapes == {"classifier.dense.0.weight": (8, 16), "classifier.dense.1.weight": (32, 8), "classifier.out_proj.weight": (2, 32)}
+        """Rho et al. train 59,392 values in the head and 18,432 in rank-2 LoRA on query, key and value."""
+        sizes = {"vocab_size": 32768, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 1536, "max_position_embeddings": 128}
+        with torch.device("meta"):
+            model = HEBertForSequenceClassification(HEBertConfig(**{**PAPER, "classifier_hidden_sizes": [32, 1024]}, **sizes))
+        assert sum(p.numel() for p in model.classifier.parameters()) == 59_392
+        projections = [m for n, m in model.named_modules() if n.endswith(("self.query", "self.key", "self.value"))]
+        assert sum(2 * (m.in_features + m.out_features) for m in projections) == 18_432
+        assert not any(n.endswith("bias") for n, _ in model.named_parameters() if "LayerNorm" not in n)
         assert {"bert.encoder.LayerNorm", "bert.encoder.layer.1.intermediate.LayerNorm", "classifier.activation"} <= set(model.polynomial_layers())
 
     def test_sinusoidal_table_survives_loading(self, tmp_path):

@@ -37,7 +37,7 @@ class HEBertConfig(PreTrainedConfig):
         power_softmax_length_agnostic: add eps to the mean over the valid keys instead of the sum.
         norm_position: "post" (BERT) or "pre" (with a final LayerNorm after the last layer).
         gated_ffn: act(gate(x)) * dense(x) instead of act(dense(x)); each of the two is `intermediate_size` wide.
-        use_bias: biases in the encoder, the pooler and the hidden layers of the classification head.
+        use_bias: biases in the encoder, the pooler and a classification head with hidden sizes.
         position_embedding_type: "absolute" (learned) or "sinusoidal" (fixed table times a learned scale).
         use_pooler: tanh pooler between token 0 and the classifier.
         classifier_hidden_sizes: linear layers between the pooled token and the output layer, e.g. [32, 1024]; `classifier_act` is

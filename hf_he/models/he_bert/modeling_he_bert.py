@@ -275,7 +275,7 @@ class HEBertClassificationHead(nn.Module):
         sizes = [config.hidden_size, *config.classifier_hidden_sizes]
         self.dense = nn.ModuleList([nn.Linear(i, o, bias=config.use_bias) for i, o in pairwise(sizes)])
         self.activation = PolynomialActivation(config.classifier_act)
-        self.out_proj = nn.Linear(sizes[-1], config.num_labels)
+        self.out_proj = nn.Linear(sizes[-1], config.num_labels, bias=config.use_bias)
 
     def forward(self, pooled_output: torch.Tensor) -> torch.Tensor:
         for dense in self.dense:
