@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract import Family, ModelContract
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_he import HEBertConfig, HEBertForMaskedLM, HEBertForSequenceClassification, HEBertModel
 from hf_he.errors import ApproximationError, RangeError, ShapeError
@@ -187,6 +187,32 @@ class TestPolynomialMode:
         model.set_mode("polynomial")
         assert all(layer.interval is not None for layer in model.polynomial_layers().values())
         assert model.bert.config.mode == "polynomial"
+
+
+@pytest.mark.parametrize("model_class", [HEBertForSequenceClassification, HEBertForMaskedLM])
+def test_trainer_with_gradient_accumulation_equals_one_large_batch(model_class, tmp_path):
+    tokens = inputs()["input_ids"]
+    labels = tokens if model_class is HEBertForMaskedLM else tokens[:, 0] % 2
+    rows = [{"input_ids": t, "labels": label} for t, label in zip(tokens, labels, strict=True)]
+    weights = []
+    for accumulation in (1, 4):
+        model = make(model_class, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
 
 
 def test_range_penalty_reaches_the_weights_through_checkpointed_layers():

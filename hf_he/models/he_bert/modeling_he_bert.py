@@ -411,6 +411,8 @@ class HEBertForMaskedLM(HEBertPreTrainedModel):
 class HEBertForSequenceClassification(HEBertPreTrainedModel):
     """HEBert with a classifier on token 0: dropout and one linear layer, or `HEBertClassificationHead` with hidden sizes."""
 
+    accepts_loss_kwargs = False
+
     def __init__(self, config: HEBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
