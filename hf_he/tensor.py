@@ -190,7 +190,7 @@ def _power_softmax(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _add(a: Any, b: Any, *, alpha: float = 1) -> EncryptedTensor:
     if alpha != 1:
         raise _unsupported(torch.add, " with alpha")
-    return _binary(torch.add, a, b, arithmetic.add, arithmetic.add_number)
+    return _binary(torch.add, a, b, arithmetic.WaitingSum, arithmetic.add_number)
 
 
 def _multiply(a: Any, b: Any) -> EncryptedTensor:
@@ -202,7 +202,7 @@ def _binary(func: Callable, a: Any, b: Any, pair: Callable, number: Callable) ->
         x, y = _state(a, func), _state(b, func)
         if a.shape != b.shape or x.context is not y.context:
             raise ShapeError(f"{func.__name__} needs encrypted tensors of one shape and session, got {tuple(a.shape)} and {tuple(b.shape)}")
-        return _like(x, pair(x.context, x, y))
+        return _hidden(pair(x, y))
     if isinstance(b, EncryptedTensor):
         a, b = b, a
     if isinstance(b, (int, float)) or (isinstance(b, torch.Tensor) and b.ndim == 0):

@@ -170,13 +170,13 @@ def test_a_pooled_number_stays_on_the_first_token(lab):
     assert values[:, 1:].abs().max() < 1e-5
 
 
-def test_a_linear_map_waits_for_its_consumer(lab):
+def test_linear_maps_and_sums_wait_for_their_consumer(lab):
     x = lab.encrypt(lab.states())
     lab.backend.log.reset()
     y = F.linear(x, lab.random(16, 16))
     assert not lab.backend.log.trace and y.level == 6
     total = y + lab.encrypt(lab.states(), level=2)
-    assert total.level == 2
+    assert total.level == 2 and total.ciphertext.level == 2
     assert {entry.level for entry in lab.backend.log.trace if entry.primitive == "rotate"} == {3}
 
 

@@ -9,21 +9,41 @@ from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
 
 
-def add(context: OperationContext, a: Operand, b: Operand) -> Ciphertext:
-    """a + b at the lower of their levels. No level."""
-    level = min(a.level, b.level)
-    with context.backend.log.measure("linear"):
-        return context.backend.add(a.at(level), b.at(level))
+class WaitingSum(Operand):
+    """a + b at the lower of their levels, computed when first read, no higher than its consumer asks. No level."""
+
+    def __init__(self, a: Operand, b: Operand) -> None:
+        super().__init__(a.context, a.features, pooled=a.pooled)
+        self._summands: tuple[Operand, Operand] | None = (a, b)
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        return self.at_least(self.level)
+
+    @property
+    def level(self) -> int:
+        if self._summands is None:
+            return super().ciphertext.level
+        return min(summand.level for summand in self._summands)
+
+    def at_least(self, level: int) -> Ciphertext:
+        if self._summands is not None:
+            level = min(level, self.level)
+            with self.context.backend.log.measure("linear"):
+                a, b = (summand.at(level) for summand in self._summands)
+                self._ciphertext = self.context.backend.add(a, b)
+            self._summands = None
+        return super().ciphertext
 
 
-def multiply(context: OperationContext, a: Operand, b: Operand) -> Ciphertext:
+def multiply(a: Operand, b: Operand) -> Operand:
     """a * b, one level below the lower of their levels."""
     for operand in (a, b):
         if operand.level < 1:
             operand.ensure(1)
     level = min(a.level, b.level)
-    with context.backend.log.measure("activation"):
-        return context.product(a.at(level), b.at(level))
+    with a.context.backend.log.measure("activation"):
+        return Operand(a.context, a.features, a.context.product(a.at(level), b.at(level)), a.pooled)
 
 
 def add_number(context: OperationContext, operand: Operand, number: float) -> Ciphertext:

@@ -93,11 +93,11 @@ class WaitingLinear(Operand):
             self.source.ensure(depth + 1)
         return super().ensure(depth)
 
-    def at(self, level: int) -> Ciphertext:
+    def at_least(self, level: int) -> Ciphertext:
         if self._ciphertext is None and level < self.level:
             self.source.ensure(level + 1)
             self._ciphertext = self.compute(level)
-        return super().at(level)
+        return self.ciphertext
 
     def compute(self, level: int, gain: float = 1.0, shift: float = 0.0) -> Ciphertext:
         """gain * (weight x + bias) + shift at `level`, not kept; padding features and, when pooled, other tokens stay 0."""

@@ -46,9 +46,11 @@ def encrypted(
         raise ShapeError(f"LayerNorm over {operand.features} features needs a packing of as many features per ciphertext, this one has {c}")
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
-    hidden = operand.ensure(STATISTIC_DEPTH)
+    if operand.level < STATISTIC_DEPTH:
+        operand.ensure(STATISTIC_DEPTH)
+    level = max(STATISTIC_DEPTH, min(operand.level, inverse_root_level(context.top, approximation) + 2))
+    hidden = operand.at_least(level)
     with backend.log.measure("norm"):
-        level = max(STATISTIC_DEPTH, min(hidden.level, inverse_root_level(context.top, approximation) + 2))
         total = reduce.sum_features(context, backend.drop_level(hidden, level), c)
         mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
         mean = reduce.replicate_features(context, mean, c)

@@ -41,7 +41,11 @@ class Operand:
 
     def at(self, level: int) -> Ciphertext:
         """The ciphertext at `level` (at most its own) and its canonical scale."""
-        return self.context.backend.match_level(self.ciphertext, level)
+        return self.context.backend.match_level(self.at_least(level), level)
+
+    def at_least(self, level: int) -> Ciphertext:
+        """The canonical ciphertext at `level` or above; one that is yet to be computed is computed no higher."""
+        return self.ciphertext
 
     def babies(self, count: int, level: int) -> Ciphertext:
         """[count, blocks] rotations by 0 .. count - 1 at `level`, hoisted; kept for other linear maps of the same input."""
