@@ -303,7 +303,7 @@ class HEBertPreTrainedModel(PolynomialModeMixin, PreTrainedModel):
             init.copy_(module.table, module.sinusoids(*module.table.shape))
             init.constant_(module.scale, module.table.shape[1] ** -0.5)
 
-    def set_mode(self, mode: str) -> None:
+    def set_mode(self, mode: str) -> None:  # trf-ignore: TRF033
         if mode == "polynomial" and self.config.attention_kernel == "softmax":
             raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
         super().set_mode(mode)
