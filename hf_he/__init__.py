@@ -26,6 +26,7 @@ _LAZY = {
     "Client": "hf_he.client",
     "EncryptedTensor": "hf_he.tensor",
     "Server": "hf_he.server",
+    "connect": "hf_he.remote",
     "get_backend": "hf_he.backends",
 }
 
@@ -41,6 +42,7 @@ __all__ = [
     "Server",
     "check_attention",
     "collect_ranges",
+    "connect",
     "convert_bert",
     "get_backend",
     "save_hub_shim",

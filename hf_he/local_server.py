@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from hf_he.errors import HEError
 from hf_he.protocol import error_from_json
@@ -30,25 +31,33 @@ def local_server(model: str | Path, evaluation_keys: str | Path, refresh: str = 
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:
             with connect(_read_url(process, log)) as server:
-                yield server
+                try:
+                    yield server
+                except HEError as error:
+                    if process.poll() is not None:
+                        raise HEError(f"the server process ended with code {process.returncode}: {_last_line(log)}") from error
+                    raise
         finally:
             process.stdin.close()
             _stop(process)
             process.stdout.close()
 
 
-def _read_url(process: subprocess.Popen, log) -> str:
+def _read_url(process: subprocess.Popen, log: IO[bytes]) -> str:
     line = process.stdout.readline()
     try:
         announced = json.loads(line)
     except ValueError:
         _stop(process)
-        log.seek(0)
-        tail = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
-        raise HEError(f"the server process did not start: {tail[0]}") from None
+        raise HEError(f"the server process did not start: {_last_line(log)}") from None
     if "error" in announced:
         raise error_from_json(announced)
     return announced["url"]
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    return (log.read().decode(errors="replace").strip().splitlines() or ["it wrote nothing"])[-1]
 
 
 def _stop(process: subprocess.Popen) -> None:
