@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import http.client
+import json
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from typing import ClassVar
@@ -116,6 +118,13 @@ class TestInference:
         assert without_encoding[0] == without_encoding[1]
         sentences = client.prepare(SENTENCES)
         assert max(s.max_logit_error for s in client.decrypt(distant, sentences)) < 1e-3
+
+    def test_native_ciphertexts_give_the_same_trace_level_for_level_and_the_same_predictions(self, model, client):
+        native = Client.from_pretrained(model, backend="native")
+        result = native.infer(Server(model, native.keygen().evaluation), SENTENCES)
+        simulated = client.infer(Server(model, client.keys.evaluation), SENTENCES)
+        assert result.report["trace"] == simulated.report["trace"]
+        assert result.agreement == 1.0 and result.max_logit_error < 1e-3
 
     def test_progress_names_batch_and_operation(self, client, server, batch):
         seen = []
@@ -270,8 +279,16 @@ class TestMismatches:
             Client.from_pretrained(tmp_path, backend="simulator")
 
     def test_fingerprint_follows_weights_and_configuration(self, model, tmp_path):
-        assert model_fingerprint(save_tiny_model(tmp_path / "same")) == model_fingerprint(model)
-        assert model_fingerprint(save_tiny_model(tmp_path / "other", seed=1)) != model_fingerprint(model)
+        copied = shutil.copytree(model, tmp_path / "copy")
+        config = json.loads((copied / "config.json").read_text())
+        for field, same in (("transformers_version", True), ("hidden_act", False)):
+            (copied / "config.json").write_text(json.dumps(config | {field: "other"}))
+            assert (model_fingerprint(copied) == model_fingerprint(model)) is same
+        shutil.copy(model / "config.json", copied)
+        weights = bytearray((copied / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (copied / "model.safetensors").write_bytes(weights)
+        assert model_fingerprint(copied) != model_fingerprint(model)
 
 
 class TestDamage:
