@@ -4,8 +4,8 @@ A ciphertext at level l has `limbs` = l + 1 rows; rows limbs..limbs+K-1 of the e
 `offset` further on in the chain. Digit j is the limbs j*alpha..(j+1)*alpha-1 that are present at this level.
 ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P.
 
-Keys are stored [key][modulus][N/CHUNK][digit][2][CHUNK], already pulled back through their automorphism, so that the inner product runs on the
-un-rotated digits and one gather at the end rotates the result.
+Keys are stored [key][modulus][N/8][digit][2][8]: one sequential stream per modulus. They are pulled back through their automorphism, so that
+the inner product runs on the un-rotated digits and one gather at the end rotates the result.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from numba import njit
 
 from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import JIT, add, fma, ld, mm, mul, red, round_mul, sp, st
+from hf_he.ckks.vector import JIT, WIDTH, add, fma, ld, mm, mul, red, round_mul, sp, st
 
 BLOCK = 256
-CHUNK = 256
 HOISTED = 4
 """Rotations whose accumulators are kept at once."""
 
@@ -186,18 +185,21 @@ def convert_block(s, count, high, low, modulus, shifts, q0, qi0, out, start):
 
 
 @njit(**JIT)
-def inner_product(digits, row, dnum, key, start, a0, a1, q0, qi0):
-    """a0, a1 [start:start+CHUNK] = sum_j digit_j * key[j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
+def inner_product(digits, row, dnum, key, a0, a1, q0, qi0, n):
+    """a0, a1 = sum_j digit_j * key[:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
     q = sp(q0)
     qi = sp(qi0)
-    for c in range(0, CHUNK, 8):
+    step = key.shape[1] * 2 * WIDTH
+    at = 0
+    for c in range(0, n, WIDTH):
         s0 = sp(0.0)
         s1 = sp(0.0)
         for j in range(dnum):
-            x = ld(digits, j * row + start + c)
-            k0 = ld(key, 2 * j * CHUNK + c)
-            k1 = ld(key, (2 * j + 1) * CHUNK + c)
+            x = ld(digits, j * row + c)
+            k0 = ld(key, at + 2 * j * WIDTH)
+            k1 = ld(key, at + (2 * j + 1) * WIDTH)
             s0 = add(s0, mm(x, k0, mul(k0, qi), q))
             s1 = add(s1, mm(x, k1, mul(k1, qi), q))
-        st(a0, start + c, red(s0, q, qi))
-        st(a1, start + c, red(s1, q, qi))
+        at += step
+        st(a0, c, red(s0, q, qi))
+        st(a1, c, red(s1, q, qi))

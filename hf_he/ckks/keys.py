@@ -11,9 +11,8 @@ from numba import njit, prange
 
 from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.context import Context
-from hf_he.ckks.conversion import CHUNK
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
-from hf_he.ckks.vector import JIT, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.vector import JIT, WIDTH, add, ld, mm, mul, red, sp, st, sub
 
 
 class SecretKey(SecretKeyBase):
@@ -54,7 +53,7 @@ class PublicKey:
 
 @dataclass(frozen=True, eq=False)
 class SwitchingKeys:
-    """Key-switching keys in one array [key, modulus, N/CHUNK, digit, 2, CHUNK], the a-half of each expanded from its seed.
+    """Key-switching keys in one array [key, modulus, N/8, digit, 2, 8], the a-half of each expanded from its seed.
 
     Key 0 relinearises; `index` maps a Galois element to its key, which is stored pulled back through the automorphism.
     """
@@ -99,7 +98,7 @@ class SwitchingKeys:
     @staticmethod
     def shape(context: Context, count: int) -> tuple[int, ...]:
         """Of the residues of `count` keys."""
-        return (count, len(context.chain), context.ring_degree // CHUNK, context.dnum, 2, CHUNK)
+        return (count, len(context.chain), context.ring_degree // WIDTH, context.dnum, 2, WIDTH)
 
     def expand(self, context: Context, i: int, out: np.ndarray) -> None:
         """The uniform half of key i into out [digit, modulus, N]."""
@@ -149,9 +148,11 @@ def _square(x, out, moduli):
 
 @njit(parallel=True, **JIT)
 def _interleave(b, a, out):
-    """[digit, modulus, N] halves to [modulus, N/CHUNK, digit, 2, CHUNK]."""
+    """[digit, modulus, N] halves to [modulus, N/8, digit, 2, 8]."""
     for k in prange(out.shape[0]):
+        digits = out.shape[2]
         for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
-                out[k, i, j, 0] = b[j, k, i * CHUNK : (i + 1) * CHUNK]
-                out[k, i, j, 1] = a[j, k, i * CHUNK : (i + 1) * CHUNK]
+            for j in range(digits):
+                at = (i * digits + j) * 2 * WIDTH
+                st(out[k], at, ld(b[j, k], i * WIDTH))
+                st(out[k], at + WIDTH, ld(a[j, k], i * WIDTH))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from numba import njit, prange
 
 from hf_he.ckks.arithmetic import SUM_CHUNK
-from hf_he.ckks.conversion import BLOCK, CHUNK, HOISTED, convert_block, inner_product, split_block
+from hf_he.ckks.conversion import BLOCK, HOISTED, convert_block, inner_product, split_block
 from hf_he.ckks.ntt import PAD, forward, inverse, reduce_row
 from hf_he.ckks.vector import JIT, add, ld, mm, red, sp, st, sub
 
@@ -123,8 +123,7 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
                         key = keys[key_index[s0 + s], k]
                         a0 = scratch.accumulators[2 * s * rows + r]
                         a1 = scratch.accumulators[(2 * s + 1) * rows + r]
-                        for i in range(n // CHUNK):
-                            inner_product(scratch.digits[t], row, dnum, key[i], i * CHUNK, a0, a1, tables.moduli[k, 0], tables.moduli[k, 1])
+                        inner_product(scratch.digits[t], row, dnum, key, a0, a1, tables.moduli[k, 0], tables.moduli[k, 1], n)
             _mod_down(2 * count, limbs, offset, tables, switch, scratch, threads)
             for t in prange(threads):
                 for i in range(t, 2 * count * limbs, threads):
@@ -190,8 +189,7 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                             _add_scaled(c[g, b, 1, r], switch.special_factor[r, 0], switch.special_factor[r, 1], a1, q, qi, a1, n)
                     else:
                         dnum = _digit_rows(c[g, b, 1], r, alpha, offset, tables, scratch, t)
-                        for i in range(n // CHUNK):
-                            inner_product(scratch.digits[t], row, dnum, keys[key_index[g], k, i], i * CHUNK, pair0, pair1, q, qi)
+                        inner_product(scratch.digits[t], row, dnum, keys[key_index[g], k], pair0, pair1, q, qi, n)
                         if r < limbs:
                             _add_scaled(c[g, b, 0, r], switch.special_factor[r, 0], switch.special_factor[r, 1], pair0, q, qi, pair0, n)
                         _accumulate(pair0, permutations[g], a0, g == 0)
