@@ -122,7 +122,7 @@ class Client:
         for index in range(batches):
             lane = slice(index * lanes, (index + 1) * lanes)
             packed.append(pack_embeddings(embeddings[lane], self.packing))
-            packed_masks.append(pack_attention_mask(masks[lane], self.packing, self.model.config.num_attention_heads))
+            packed_masks.append(pack_attention_mask(masks[lane], self.packing))
         secret = self._keys.secret  # symmetric encryption: less noise, and half of each ciphertext is a seed
         return EncryptedBatch(
             self.identity,

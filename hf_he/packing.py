@@ -144,22 +144,16 @@ def unpack_state(slots: np.ndarray, packing: Packing, features: int, sequences: 
     return np.moveaxis(merged, 0, 1)[: packing.sequences if sequences is None else sequences, :, :features]
 
 
-def pack_attention_mask(mask: np.ndarray, packing: Packing, heads: int) -> np.ndarray:
-    """Key mask [B', T] of 0/1 -> [score ciphertexts, slots] in the score layout, zero in slots that hold no score.
+def pack_attention_mask(mask: np.ndarray, packing: Packing) -> np.ndarray:
+    """Key mask [B', T] of 0/1 -> [1, slots], every feature of a token holding its 0 or 1.
 
-    Encrypting it keeps the lengths private. Multiplying the kernel by it is exact: a masked key contributes nothing.
+    Encrypting it keeps the lengths private. It multiplies the values, which is exact: a masked key contributes nothing, and no level of
+    the scores is spent on it.
     """
     mask = np.asarray(mask, dtype=np.float64)
     if mask.ndim != 2:
         raise ShapeError(f"the attention mask must be [sequences, tokens], got shape {mask.shape}")
-    layout = ScoreLayout(packing, heads)
-    keys = _lanes(mask, packing)
-    packed = np.zeros((layout.ciphertexts, packing.tokens, packing.sequences, heads, layout.head_dim))
-    for giant in range(layout.giants):
-        first = layout.window(giant) * layout.babies
-        for baby in range(layout.babies):
-            packed[layout.ciphertext(giant), ..., first + baby] = np.roll(keys, -baby, axis=0)[..., None]
-    return packed.reshape(layout.ciphertexts, packing.slots)
+    return np.repeat(_lanes(mask, packing)[..., None], packing.features, axis=-1).reshape(1, packing.slots)
 
 
 def unpack_logits(slots: np.ndarray, packing: Packing, num_labels: int, sequences: int | None = None) -> np.ndarray:

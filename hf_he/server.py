@@ -30,7 +30,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Work:
-    """A checked batch, ready to run: `embeddings` [batches, blocks] and `attention_mask` [batches, score ciphertexts]."""
+    """A checked batch, ready to run: `embeddings` [batches, blocks] and `attention_mask` [batches, 1]."""
 
     batches: int
     batch_id: str
@@ -84,7 +84,7 @@ class Server:
     @property
     def max_batch_bytes(self) -> int:
         """No valid encrypted batch is larger."""
-        return MAX_BATCHES * (self._blocks + self._scores) * self._ciphertext_bytes + 2**20
+        return MAX_BATCHES * (self._blocks + 1) * self._ciphertext_bytes + 2**20
 
     @property
     def max_refresh_bytes(self) -> int:
@@ -106,7 +106,7 @@ class Server:
         batch = EncryptedBatch.from_bytes(data)
         batch.identity.check(self.identity, "encrypted batch")
         embeddings = self._ciphertext(batch.embeddings, (batch.batches, self._blocks), "embeddings")
-        mask = self._ciphertext(batch.attention_mask, (batch.batches, self._scores), "attention mask")
+        mask = self._ciphertext(batch.attention_mask, (batch.batches, 1), "attention mask")
         return Work(batch.batches, batch.batch_id, embeddings, mask)
 
     def run(self, work: Work, refresh: Refresh, progress: Progress | None = None) -> bytes:

@@ -26,7 +26,6 @@ from hf_he.ops import activation, arithmetic, attention, norm, reduce, required_
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
-from hf_he.packing import ScoreLayout
 
 __all__ = ["EncryptedSession", "EncryptedTensor", "required_rotations"]
 
@@ -94,8 +93,10 @@ class EncryptedSession(OperationContext):
         return _hidden(Operand(self, features, ciphertext))
 
     def attention_mask(self, ciphertext: Ciphertext) -> EncryptedTensor:
-        """[score ciphertexts] from `pack_attention_mask` as a mask [B, 1, T, T]."""
+        """[1] ciphertext from `pack_attention_mask` as a mask [B, 1, T, T]."""
         packing = self.packing
+        if ciphertext.batch_shape != (1,):
+            raise ShapeError(f"an attention mask is a batch of one ciphertext, got a batch of {ciphertext.batch_shape}")
         return EncryptedTensor(Operand(self, packing.features, ciphertext), (packing.sequences, 1, packing.tokens, packing.tokens), MASK)
 
 
@@ -175,9 +176,6 @@ def _attention(
         raise _unsupported(name, " with grouped keys and values yet")
     context = query.session
     mask = None if attention_mask is None else attention_mask.ciphertext
-    expected = ScoreLayout(context.packing, heads).ciphertexts
-    if mask is not None and mask.batch_shape != (expected,):
-        raise ShapeError(f"the attention mask of {heads} heads is {expected} ciphertexts, got a batch of {mask.batch_shape}")
     scaling = head_dim**-0.5 if scaling is None else scaling
     out = attention.encrypted(context, query.operand, key.operand, value.operand, mask, heads, scaling, approximation)
     return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None

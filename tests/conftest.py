@@ -46,8 +46,8 @@ class Lab:
         ciphertext = self.backend.encrypt(pack_embeddings(values.numpy(), self.packing), self.secret, level)
         return self.session.hidden_state(ciphertext, values.shape[-1])
 
-    def encrypt_mask(self, mask: torch.Tensor, heads: int):
-        return self.session.attention_mask(self.backend.encrypt(pack_attention_mask(mask.numpy(), self.packing, heads), self.secret))
+    def encrypt_mask(self, mask: torch.Tensor):
+        return self.session.attention_mask(self.backend.encrypt(pack_attention_mask(mask.numpy(), self.packing), self.secret))
 
     def decrypt(self, ciphertext, features: int) -> torch.Tensor:
         """[B, T, F]"""

@@ -47,20 +47,18 @@ def test_rotating_by_the_token_stride_moves_tokens():
 
 
 @pytest.mark.parametrize(("tokens", "features", "heads"), [(8, 16, 2), (16, 16, 2), (4, 16, 4), (32, 16, 4), (8, 8, 1)])
-def test_the_mask_sits_where_the_scores_sit(tokens, features, heads):
-    packing = Packing.fit(2 * tokens * features, features, tokens)
-    layout = ScoreLayout(packing, heads)
-    mask = (np.random.default_rng(0).uniform(size=(2, tokens)) < 0.6).astype(float)
-    packed = pack_attention_mask(mask, packing, heads).reshape(-1, tokens, 2, heads, layout.head_dim)
-    seen = np.zeros_like(packed)
-    for j in range(tokens):
-        giant, baby = divmod(j, layout.babies)
-        for token in range(tokens):
-            entry = packed[j // layout.head_dim, token, :, :, j % layout.head_dim]
-            np.testing.assert_array_equal(entry, np.repeat(mask[:, [(token + baby) % tokens]], heads, axis=1))
-        seen[j // layout.head_dim, ..., j % layout.head_dim] = 1
-        assert (layout.ciphertext(giant), layout.window(giant) * layout.babies + baby) == (j // layout.head_dim, j % layout.head_dim)
-    assert not packed[seen == 0].any()
+def test_every_score_has_its_own_place(tokens, features, heads):
+    layout = ScoreLayout(Packing.fit(2 * tokens * features, features, tokens), heads)
+    places = {(layout.ciphertext(g), layout.window(g) * layout.babies + a) for g in range(layout.giants) for a in range(layout.babies)}
+    assert len(places) == tokens
+    assert all(s < layout.ciphertexts and feature < layout.head_dim for s, feature in places)
+
+
+def test_the_mask_covers_every_feature_of_its_token():
+    packing = Packing.fit(64, features=4, tokens=4)
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0]])
+    packed = unpack_state(pack_attention_mask(mask, packing), packing, 4)
+    np.testing.assert_array_equal(packed, np.tile(mask, (2, 1))[..., None] * np.ones(4))
 
 
 def test_logits_come_from_the_first_token():
@@ -79,7 +77,7 @@ def test_logits_come_from_the_first_token():
         (lambda: ScoreLayout(Packing.fit(64, 4, 4), 3), "heads"),
         (lambda: pack_embeddings(np.zeros((5, 4, 4)), Packing.fit(64, 4, 4)), "split the batch"),
         (lambda: pack_embeddings(np.zeros((4, 4)), Packing.fit(64, 4, 4)), "sequences, tokens, features"),
-        (lambda: pack_attention_mask(np.zeros((1, 3)), Packing.fit(64, 4, 4), 2), "4 tokens"),
+        (lambda: pack_attention_mask(np.zeros((1, 3)), Packing.fit(64, 4, 4)), "4 tokens"),
     ],
 )
 def test_shapes_that_do_not_fit_say_what_to_choose(call, hint):

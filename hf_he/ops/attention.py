@@ -3,8 +3,8 @@
 Scores are taken along diagonals j = g * b + a of the token-by-token matrix, un-aligned: D_j = rotate(q, -g b) - rotate(k, a), so that b - 1
 rotations of k and v and T / b - 1 of q serve all T diagonals (distances in tokens). Squares are summed over each head, and the sums of all
 diagonals and heads are moved into one score ciphertext (see ScoreLayout), where everything narrow happens: refresh, (1 + x / 2^k)^(2^k) by k
-squarings, the encrypted mask. Then each score is copied over its head again, multiplied with rotate(v, a), summed over a, and each g is
-rotated into place.
+squarings. Then each score is copied over its head again, multiplied with rotate(v, a), summed over a, and each g is rotated into place.
+The encrypted mask multiplies v before its rotations, beside the scores, where a level is free.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hf_he.packing import Packing, ScoreLayout
 QUERY_LEVEL = 2
 """Square and score mask: the scores land on level 0, are refreshed as one ciphertext, and everything wide stays cheap."""
 
-WEIGHT_DEPTH = 3
-"""Mask, copy over the head, product with the values."""
+WEIGHT_DEPTH = 2
+"""Copy over the head, product with the values."""
 
 
 def reference(
@@ -50,7 +50,7 @@ def encrypted(
 ) -> Ciphertext:
     """Un-normalised kernel attention of one feature block [1]; the result is at level 0, canonical.
 
-    `mask`: [score ciphertexts] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: T log2(head_dim) at level 1,
+    `mask`: [1] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: T log2(head_dim) at level 1,
     T log2(head_dim / b) at level 1, about 2 T / b + 6 b others.
     """
     for name, operand in (("query", query), ("key", key), ("value", value)):
@@ -62,10 +62,10 @@ def encrypted(
     with backend.log.measure("attention"):
         babies = [a * context.packing.token_stride for a in range(layout.babies)]
         rotated_k = backend.rotate(k, babies)
-        rotated_v = backend.rotate(backend.drop_level(v, 1), babies)
+        rotated_v = backend.rotate(_masked(context, v, mask), babies)
         scores = _scores(context, layout, q, rotated_k, -0.5 * scaling / approximation.degree)
         weights = _kernel(context, scores, approximation.squarings)
-        weights = _masked(context, weights, mask)
+        weights = backend.drop_level(weights, WEIGHT_DEPTH)
         return backend.reshape(_weighted_sum(context, layout, weights, rotated_v), (1,))
 
 
@@ -114,13 +114,13 @@ def _kernel(context: OperationContext, scores: Ciphertext, squarings: int) -> Ci
     return context.ensure_level(x, WEIGHT_DEPTH)
 
 
-def _masked(context: OperationContext, weights: Ciphertext, mask: Ciphertext | None) -> Ciphertext:
-    """weights * mask at level 2."""
+def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | None) -> Ciphertext:
+    """value * mask at level 1."""
     backend = context.backend
     if mask is None:
-        return backend.drop_level(weights, WEIGHT_DEPTH - 1)
-    weights = backend.drop_level(weights, WEIGHT_DEPTH)
-    return context.product(weights, backend.drop_level(context.ensure_level(mask, WEIGHT_DEPTH), WEIGHT_DEPTH))
+        return backend.drop_level(value, QUERY_LEVEL - 1)
+    mask = context.ensure_level(backend.take(mask, 0), QUERY_LEVEL)
+    return context.product(value, backend.drop_level(mask, QUERY_LEVEL))
 
 
 def _weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:

@@ -29,7 +29,7 @@ def test_against_plaintext(make_lab, features, tokens, heads, squarings):
     keep = (torch.rand(lab.packing.sequences, tokens, generator=lab.generator) < 0.7).double()
     kernel = kernel_exponential((-8.0, 0.0), squarings)
     expected = attention.reference(*(heads_of(x, heads) for x in (q, k, v)), keep[:, None, None, :], 0.3, kernel)
-    mask = lab.encrypt_mask(keep, heads).ciphertext
+    mask = lab.encrypt_mask(keep).ciphertext
     out = attention.encrypted(lab.session, *operands(lab, (q, k, v)), mask, heads, 0.3, kernel)
     lab.check(out, expected.reshape(q.shape))
     assert out.level == 0
