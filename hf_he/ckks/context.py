@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import lru_cache
 
 import numba
@@ -12,6 +11,7 @@ from hf_he.ckks import ntt
 from hf_he.ckks.conversion import make_scratch, make_switch_tables
 from hf_he.ckks.encoder import CompactTransform
 from hf_he.ckks.parameters import CKKSParameters
+from hf_he.ckks.vector import KERNEL_LOCK
 from hf_he.errors import ParameterError
 
 MAX_RING_DEGREE = 1 << 16
@@ -20,7 +20,7 @@ MAX_PERMUTATIONS = 512
 
 
 class Context:
-    """Shared by every backend and key of one parameter set; `lock` serialises the kernels, which use the scratch memory and all threads."""
+    """Shared by every backend and key of one parameter set; `lock` serialises the kernels of the process, which share scratch memory and threads."""
 
     def __init__(self, parameters: CKKSParameters) -> None:
         if parameters.ring_degree > MAX_RING_DEGREE or len(parameters.special_moduli) > MAX_DIGIT:
@@ -40,7 +40,7 @@ class Context:
         self.scratch = make_scratch(
             self.ring_degree, self.limbs, len(parameters.special_moduli), self.alpha, max(ntt.split_degree(self.ring_degree)) * ntt.COLUMNS, self.threads
         )
-        self.lock = threading.RLock()
+        self.lock = KERNEL_LOCK
         self._permutations: dict[int, np.ndarray] = {}
 
     def permutation(self, galois: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from numba import njit, prange
 from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.context import Context
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
-from hf_he.ckks.vector import JIT, WIDTH, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.vector import JIT, KERNEL_LOCK, WIDTH, add, ld, mm, mul, red, sp, st, sub
 
 
 class SecretKey(SecretKeyBase):
@@ -47,7 +47,8 @@ class PublicKey:
         a = uniform(seed, context.parameters.moduli, context.ring_degree)
         error = context.forward(gaussian((1, context.ring_degree), Stream()), np.arange(context.limbs))[0]
         b = np.empty_like(a)
-        _mask(a[None, None], error[None, None], secret_key._rows, secret_key._rows, context.switch.special_factor, 0, b[None, None], context.tables.moduli)
+        with context.lock:
+            _mask(a[None, None], error[None, None], secret_key._rows, secret_key._rows, context.switch.special_factor, 0, b[None, None], context.tables.moduli)
         return cls(secret_key.key_id, context.parameters.fingerprint, seed, b, a)
 
 
@@ -72,8 +73,9 @@ class SwitchingKeys:
         keys = cls.allocate(context, total, {g: i + 1 for i, g in enumerate(galois_elements)})
         rows = secret_key._rows
         square = np.empty_like(rows)
-        _square(rows, square, context.tables.moduli)
-        workspace = np.empty((3, context.dnum, len(context.chain), context.ring_degree))
+        with context.lock:
+            _square(rows, square, context.tables.moduli)
+        workspace = np.empty((2, context.dnum, len(context.chain), context.ring_degree))
         for i in range(total):
             keys.seeds[i] = np.frombuffer(os.urandom(SEED_BYTES), dtype=np.uint8)
             if i == 0:
@@ -81,10 +83,11 @@ class SwitchingKeys:
             else:
                 inverse = pow(galois_elements[i - 1], -1, 2 * context.ring_degree)
                 source, target = np.ascontiguousarray(rows[:, context.permutation(inverse)]), rows
-            a, b = workspace[0], workspace[1]
+            a, b = workspace
             keys.expand(context, i, a)
             errors = context.forward(gaussian((context.dnum, context.ring_degree), Stream()), np.arange(len(context.chain)))
-            _mask(a[None], errors[None], source, target, context.switch.special_factor, context.alpha, b[None], context.tables.moduli)
+            with context.lock:
+                _mask(a[None], errors[None], source, target, context.switch.special_factor, context.alpha, b[None], context.tables.moduli)
             keys.fill(i, b, a)
             if progress is not None:
                 progress(i + 1, total)
@@ -109,7 +112,8 @@ class SwitchingKeys:
 
     def fill(self, i: int, b: np.ndarray, a: np.ndarray) -> None:
         """Store key i from its halves [digit, modulus, N]."""
-        _interleave(b, a, self.residues[i])
+        with KERNEL_LOCK:
+            _interleave(b, a, self.residues[i])
 
     def half(self, i: int, k: int) -> np.ndarray:
         """The b-half of key i modulo modulus k: [digit, N]."""
