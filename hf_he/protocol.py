@@ -67,7 +67,7 @@ class Identity:
 class EncryptedBatch:
     """Sentences on their way to the server: `batches` ciphertexts-worth of embeddings and attention masks, as backend bytes.
 
-    `embeddings` holds one ciphertext tensor [batches, hidden / c], `attention_mask` one of [batches].
+    `embeddings` holds one ciphertext tensor [batches, hidden / c], `attention_mask` one of [batches, 1].
     """
 
     identity: Identity
@@ -89,7 +89,7 @@ class EncryptedBatch:
 
 @dataclass(frozen=True)
 class EncryptedResult:
-    """Logits on their way back, one ciphertext tensor [batches], with the server's measurements (`report`, JSON-ready)."""
+    """Logits on their way back, one ciphertext tensor [batches, blocks], with the server's measurements (`report`, JSON-ready)."""
 
     identity: Identity
     batches: int
