@@ -50,8 +50,8 @@ def encrypted(
 ) -> Ciphertext:
     """Un-normalised kernel attention of one feature block [1]; the result is at level 0, canonical.
 
-    `mask`: [1] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: T log2(head_dim) at level 1,
-    T log2(head_dim / b) at level 1, about 2 T / b + 6 b others.
+    `mask`: [1] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: 2 T log2(head_dim / b) at
+    level 1, about 2 T / b + 6 b others.
     """
     for name, operand in (("query", query), ("key", key), ("value", value)):
         if operand.features != context.packing.features:
@@ -89,20 +89,29 @@ def _at_query_level(operand: Operand) -> Ciphertext:
 
 
 def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:
-    """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0."""
+    """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0.
+
+    Each diagonal is summed into the window of its giant step by rotate-and-add, and from there into its own feature by the transpose of
+    what copies it back later: masks that also carry `factor`, summed over the diagonals, then one rotation per offset.
+    """
     backend, stride, b = context.backend, context.packing.token_stride, layout.babies
     rotated_q = backend.rotate(q, [-g * b * stride for g in range(layout.giants)])
-    difference = backend.subtract(backend.reshape(rotated_k, (b, 1)), backend.reshape(rotated_q, (1, layout.giants)))
+    difference = backend.subtract(backend.reshape(rotated_k, (1, b)), backend.reshape(rotated_q, (layout.giants, 1)))
     squares = backend.relinearize(backend.rescale(backend.multiply(difference, difference)))
-    sums = reduce.sum_features(context, squares, layout.head_dim)
-    scale = context.canonical_factor(sums.level, sums.scale)
-    pick = context.constant(("pick", layout.head_dim, factor), sums.level, scale, lambda: reduce.first_of(layout.head_dim, factor))
-    picked = backend.multiply_plain(sums, pick)
-    windows = backend.sum_rotated(picked, [-a for a in range(b)])
+    sums = []
+    for g in range(layout.giants):
+        partial = backend.take(squares, g)
+        for step in window_steps(layout, layout.window(g)):
+            partial = reduce.rotate_and_add(context, partial, step)
+        sums.append(partial)
+    scale = context.canonical_factor(sums[0].level, sums[0].scale)
     parts = []
     for first in range(0, layout.giants, layout.windows):
-        part = backend.take(windows, slice(first, min(first + layout.windows, layout.giants)))
-        parts.append(backend.sum_rotated(part, [-layout.window(g) * b for g in range(part.batch_shape[0])]))
+        diagonals = backend.stack(sums[first : first + layout.windows])
+        count = diagonals.batch_shape[0]
+        masks = context.constant(("collect", layout, count, factor), diagonals.level, scale, lambda n=count: factor * collect_masks(layout, n))
+        collected = backend.multiply_plain_sum(masks, backend.reshape(diagonals, (count * b,)))
+        parts.append(backend.sum_rotated(collected, offsets(layout)))
     return backend.rescale(backend.stack(parts))
 
 
@@ -126,25 +135,47 @@ def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | Non
 def _weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:
     """sum_j (score j over its head) * v_j at level 0, canonical."""
     backend, b = context.backend, layout.babies
-    offsets = range(-(b - 1), b)
     product_scale = backend.parameters.scale_at(0) * backend.parameters.moduli[1]
     factor = product_scale / rotated_v.scale * backend.parameters.moduli[2] / weights.scale
-    rotated = [backend.rotate(backend.take(weights, s), offsets) for s in range(layout.ciphertexts)]
+    rotated = [backend.rotate(backend.take(weights, s), offsets(layout)) for s in range(layout.ciphertexts)]
     sums = []
     for g in range(layout.giants):
         window = layout.window(g)
         masks = context.constant(("copy", layout, window), weights.level, factor, lambda w=window: copy_masks(layout, w))
         copies = backend.rescale(backend.multiply_plain_sum(masks, rotated[layout.ciphertext(g)]))
-        for width in reduce.power_steps(b, layout.head_dim):
-            to_the_right = (window * b // width) % 2 == 0
-            copies = reduce.rotate_and_add(context, copies, -width if to_the_right else width)
+        for step in reversed(window_steps(layout, window)):
+            copies = reduce.rotate_and_add(context, copies, -step)
         sums.append(backend.sum(backend.multiply(copies, rotated_v)))
     products = backend.relinearize(backend.stack(sums))
     return backend.rescale(backend.sum_rotated(products, [g * b * context.packing.token_stride for g in range(layout.giants)]))
 
 
+def offsets(layout: ScoreLayout) -> list[int]:
+    """Distances between two features of one window."""
+    return list(range(-(layout.babies - 1), layout.babies))
+
+
+def window_steps(layout: ScoreLayout, window: int) -> list[int]:
+    """Rotations that, added one after another, sum a whole head into one of its windows; negated and reversed, they copy the window
+    over the head."""
+    start = window * layout.babies
+    widths = reversed(reduce.power_steps(layout.babies, layout.head_dim))
+    return [-width if start & width else width for width in widths]
+
+
+def collect_masks(layout: ScoreLayout, windows: int) -> np.ndarray:
+    """[2b - 1, windows * b, head_dim] 0/1: which rotation r = o - a brings feature o of a window to feature a, for its diagonal a."""
+    b = layout.babies
+    masks = np.zeros((2 * b - 1, windows, b, layout.head_dim))
+    for window in range(windows):
+        for a in range(b):
+            for o in range(b):
+                masks[o - a + b - 1, window, a, window * b + o] = 1.0
+    return masks.reshape(2 * b - 1, windows * b, layout.head_dim)
+
+
 def copy_masks(layout: ScoreLayout, window: int) -> np.ndarray:
-    """[b, 2b - 1, head_dim] 0/1: which rotation r = a - o (from -(b - 1) on) brings score a of the window to each of its b features o."""
+    """[b, 2b - 1, head_dim] 0/1: which rotation r = a - o brings feature a of the window to each of its features o."""
     b = layout.babies
     masks = np.zeros((b, 2 * b - 1, layout.head_dim))
     for a in range(b):
@@ -157,9 +188,7 @@ def rotations(packing: Packing, heads: int) -> set[int]:
     """Rotation steps of `encrypted`, projections not included."""
     layout = ScoreLayout(packing, heads)
     b, stride = layout.babies, packing.token_stride
-    steps = {a * stride for a in range(b)} | {sign * g * b * stride for g in range(layout.giants) for sign in (1, -1)}
-    steps |= set(reduce.power_steps(1, layout.head_dim)) | set(range(-(b - 1), b))
-    used = range(min(layout.windows, layout.giants))
-    steps |= {-window * b for window in used}
-    steps |= {-width if (window * b // width) % 2 == 0 else width for window in used for width in reduce.power_steps(b, layout.head_dim)}
+    steps = {a * stride for a in range(b)} | {sign * g * b * stride for g in range(layout.giants) for sign in (1, -1)} | set(offsets(layout))
+    for window in range(min(layout.windows, layout.giants)):
+        steps |= {sign * step for step in window_steps(layout, window) for sign in (1, -1)}
     return {step % packing.slots for step in steps} - {0}
