@@ -138,7 +138,7 @@ def _layer_norm(hidden_states: Any, module: he_nn.HELayerNorm) -> EncryptedTenso
     operand = _state(hidden_states, he_nn.layer_norm)
     if module.approximation is None:
         raise _unsupported(he_nn.layer_norm, " in exact mode: call model.set_mode('polynomial') first")
-    return _like(operand, norm.encrypted(operand.context, operand, module.weight, module.bias, module.eps, module.approximation))
+    return _hidden(norm.WaitingNorm(operand, module.weight, module.bias, module.eps, module.approximation))
 
 
 def _activation(hidden_states: Any, module: he_nn.PolynomialActivation) -> EncryptedTensor:

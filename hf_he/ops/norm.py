@@ -33,25 +33,62 @@ def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
     return level if level >= 1 else top
 
 
-def encrypted(
-    context: OperationContext, operand: Operand, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, approximation: InverseSquareRoot
-) -> Ciphertext:
-    """weight * (x - mean) / sqrt(variance + eps) + bias.
+class WaitingNorm(Operand):
+    """LayerNorm of `source`, computed when its consumer has said how many levels it needs: exactly those if the result can have them,
+    otherwise none, since it will be refreshed."""
 
-    Works at the lowest level that still leaves the result as high as 1 / sqrt allows. One refresh of the statistic, more when guess and
-    Newton steps exceed the parameters' levels; 4 log2(c) rotations.
+    def __init__(self, source: Operand, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, approximation: InverseSquareRoot) -> None:
+        super().__init__(source.context, source.features)
+        if source.features != source.context.packing.features:
+            raise ShapeError(
+                f"LayerNorm over {source.features} features needs a packing of as many features per ciphertext, this one has {source.context.packing.features}"
+            )
+        self._source: Operand | None = source
+        self._layer = (weight, bias, eps, approximation)
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        return self.at_least(self.level)
+
+    @property
+    def level(self) -> int:
+        if self._source is None:
+            return super().ciphertext.level
+        available = self._source.level if self._source.level >= STATISTIC_DEPTH else self.context.top
+        return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - STATISTIC_DEPTH)
+
+    def at_least(self, level: int) -> Ciphertext:
+        if self._source is not None:
+            self._ciphertext = encrypted(self.context, self._source, *self._layer, min(level, self.level))
+            self._source = None
+        return super().ciphertext
+
+    def ensure(self, depth: int) -> Ciphertext:
+        self.at_least(depth if depth <= self.level else 0)
+        return super().ensure(depth)
+
+
+def encrypted(
+    context: OperationContext,
+    operand: Operand,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    approximation: InverseSquareRoot,
+    level: int,
+) -> Ciphertext:
+    """weight * (x - mean) / sqrt(variance + eps) + bias at `level` (at most what WaitingNorm.level says).
+
+    One refresh of the statistic, more when guess and Newton steps exceed the parameters' levels; 4 log2(c) rotations.
     """
     backend, c = context.backend, context.packing.features
-    if operand.features != c:
-        raise ShapeError(f"LayerNorm over {operand.features} features needs a packing of as many features per ciphertext, this one has {c}")
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
     if operand.level < STATISTIC_DEPTH:
         operand.ensure(STATISTIC_DEPTH)
-    level = max(STATISTIC_DEPTH, min(operand.level, inverse_root_level(context.top, approximation) + 2))
-    hidden = operand.at_least(level)
+    hidden = operand.at_least(level + STATISTIC_DEPTH)
     with backend.log.measure("norm"):
-        total = reduce.sum_features(context, backend.drop_level(hidden, level), c)
+        total = reduce.sum_features(context, backend.drop_level(hidden, level + STATISTIC_DEPTH), c)
         mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
         mean = reduce.replicate_features(context, mean, c)
         centred = backend.subtract(backend.match_level(hidden, mean.level), mean)
@@ -61,12 +98,11 @@ def encrypted(
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
         inverse = _inverse_root(context, mapped, approximation)
 
-        level = min(inverse.level, centred.level - 1)
-        inverse = backend.drop_level(inverse, level)
-        centred = backend.drop_level(centred, level + 1)
-        target = context.canonical_factor(level, inverse.scale)
-        factor = target * backend.parameters.moduli[level + 1] / centred.scale
-        plain = context.encoded((weight,), "weight", level + 1, factor, lambda: _blocks(weight, c))
+        inverse = backend.drop_level(inverse, level + 1)
+        centred = backend.drop_level(centred, level + 2)
+        target = context.canonical_factor(level + 1, inverse.scale)
+        factor = target * backend.parameters.moduli[level + 2] / centred.scale
+        plain = context.encoded((weight,), "weight", level + 2, factor, lambda: _blocks(weight, c))
         weighted = backend.rescale(backend.multiply_plain(centred, plain))
         out = context.product(weighted, inverse)
         if bias is None:

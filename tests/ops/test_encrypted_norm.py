@@ -15,32 +15,42 @@ from hf_he.ops.operand import Operand
 def test_layer_norm(lab, level, degree, newton_steps):
     x, weight, bias = 2 * lab.states() + 1, lab.random(16), lab.random(16)
     approximation = fit_inverse_square_root((0.3, 15.0), degree, newton_steps)
-    operand = lab.encrypt(x, level).operand
-    out = norm.encrypted(lab.session, operand, weight, bias, 1e-5, approximation)
-    lab.check(out, norm.reference(x, weight, bias, 1e-5, approximation), tolerance=2e-5)
+    out = norm.WaitingNorm(lab.encrypt(x, level).operand, weight, bias, 1e-5, approximation)
+    lab.check(out.ciphertext, norm.reference(x, weight, bias, 1e-5, approximation), tolerance=2e-5)
 
 
 def test_layer_norm_approaches_the_exact_one(lab):
     x, weight, bias = lab.states(), lab.random(16), lab.random(16)
-    out = norm.encrypted(lab.session, lab.encrypt(x).operand, weight, bias, 1e-5, fit_inverse_square_root((0.1, 4.0), 15, 2))
-    lab.check(out, F.layer_norm(x, (16,), weight, bias, 1e-5), tolerance=1e-4)
+    out = norm.WaitingNorm(lab.encrypt(x).operand, weight, bias, 1e-5, fit_inverse_square_root((0.1, 4.0), 15, 2))
+    lab.check(out.ciphertext, F.layer_norm(x, (16,), weight, bias, 1e-5), tolerance=1e-4)
 
 
-def test_layer_norm_leaves_the_promised_level(lab):
-    for degree, steps in [(7, 0), (7, 1), (15, 1), (31, 2)]:
-        approximation = fit_inverse_square_root((0.3, 15.0), degree, steps)
-        out = norm.encrypted(lab.session, lab.encrypt(lab.states()).operand, lab.random(16), None, 1e-5, approximation)
-        assert out.level == min(norm.inverse_root_level(7, approximation), 5) - 1
+@pytest.mark.parametrize(("degree", "newton_steps"), [(7, 0), (7, 1), (15, 1), (31, 2)])
+def test_layer_norm_leaves_the_levels_its_consumer_needs(lab, degree, newton_steps):
+    x, approximation = lab.states(), fit_inverse_square_root((0.1, 15.0), degree, newton_steps)
+
+    def waiting():
+        return norm.WaitingNorm(lab.encrypt(x).operand, torch.ones(16), None, 1e-5, approximation)
+
+    expected = norm.reference(x, torch.ones(16), torch.zeros(16), 1e-5, approximation)
+    for level in range(waiting().level + 1):
+        out = waiting().ensure(level)
+        assert out.level == level
+        lab.check(out, expected, tolerance=2e-5)
+    assert waiting().ciphertext.level == waiting().level == min(norm.inverse_root_level(7, approximation) - 1, 4)
+    refreshed = waiting().ensure(6)
+    assert refreshed.level == 7
+    lab.check(refreshed, expected, tolerance=2e-5)
 
 
 def test_layer_norm_refreshes_one_ciphertext(lab):
-    norm.encrypted(lab.session, lab.encrypt(lab.states()).operand, lab.random(16), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
+    _ = norm.WaitingNorm(lab.encrypt(lab.states()).operand, lab.random(16), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1)).ciphertext
     assert lab.session.refresh.count == 1
 
 
 def test_layer_norm_needs_one_block(lab):
     with pytest.raises(ShapeError, match="32 features"):
-        norm.encrypted(lab.session, lab.encrypt(lab.states(32)).operand, lab.random(32), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
+        norm.WaitingNorm(lab.encrypt(lab.states(32)).operand, lab.random(32), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
 
 
 @pytest.mark.parametrize(("function", "interval", "degree"), [("gelu", (-8.0, 8.0), 31), ("relu", (-5.0, 7.0), 15), ("tanh", (-6.0, 6.0), 15)])
