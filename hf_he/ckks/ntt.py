@@ -4,8 +4,8 @@ Layouts (any fixed order will do, and with these every pass is contiguous):
 - coefficients: [n2/COLUMNS][n1][COLUMNS], i.e. coefficient r*n2 + c of X sits in column c, row r;
 - NTT domain: [n1/COLUMNS][n2][COLUMNS]: column c, row r holds the value at psi^(2*rev(c) + 1 + 2*n1*rev(r)), rev = bit reversal.
 
-Ranges in units of q (bounds of `vector.mm` and `vector.red`; tests/ckks/test_ranges.py propagates them pass by pass):
-forward  |in| <= 1.0 -> |out| <= 2.0 and every product operand < 4; inverse |in| <= 0.75 -> |out| <= 0.67.
+Ranges in units of q (bounds of `vector.mm` and `vector.red`; tests/ckks/test_ntt.py propagates them pass by pass):
+forward: any integers below 2^53, reduced on load -> |out| <= 2.0; inverse: |in| <= 0.75 -> |out| <= 0.75; every product operand < 4.
 Payloads are stored with |x| <= 0.6 q.
 """
 
@@ -238,7 +238,7 @@ def forward(x, y, u, tables, k):
 
 @njit(**JIT)
 def inverse(y, x, u, tables, k):
-    """Inverse NTT modulo modulus k: y (NTT domain, |y| <= 0.75 q) -> x (coefficients, |x| <= 0.67 q)."""
+    """Inverse NTT modulo modulus k: y (NTT domain, |y| <= 0.75 q) -> x (coefficients, |x| <= 0.75 q)."""
     q = tables.moduli[k, 0]
     qi = tables.moduli[k, 1]
     n1 = tables.roots1.shape[2]
