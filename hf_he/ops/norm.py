@@ -96,7 +96,7 @@ def encrypted(
         total = reduce.sum_features(context, squares, c)
         mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
-        inverse = _inverse_root(context, mapped, approximation)
+        inverse = _inverse_root(context, mapped, approximation, level + 1)
 
         inverse = backend.drop_level(inverse, level + 1)
         centred = backend.drop_level(centred, level + 2)
@@ -110,22 +110,24 @@ def encrypted(
         return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: _blocks(bias, c)))
 
 
-def _inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot) -> Ciphertext:
-    """1 / sqrt of the variance whose image in [-1, 1] is `mapped`; at level 1 or higher."""
+def _inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
+    """1 / sqrt of the variance whose image in [-1, 1] is `mapped`; at `level` or higher."""
     backend = context.backend
     low, high = approximation.interval
-    mapped = context.ensure_level(mapped, polynomial.depth(approximation.guess.coefficients))
+    guess_depth = polynomial.depth(approximation.guess.coefficients)
+    mapped = context.ensure_level(mapped, guess_depth)
+    mapped = backend.drop_level(mapped, min(mapped.level, guess_depth + 2 * approximation.newton_steps + level))
     y = polynomial.evaluate(backend, mapped, approximation.guess.coefficients)
     if approximation.newton_steps:
         half = backend.rescale(backend.multiply_scalar(mapped, 0.25 * (high - low), context.canonical_factor(mapped.level, mapped.scale)))
-        half = backend.match_level(backend.add_scalar(half, 0.25 * (high + low)), y.level)
+        half = backend.add_scalar(half, 0.25 * (high + low))
     for _ in range(approximation.newton_steps):
+        half = backend.match_level(half, y.level)
         if y.level < 3:
             both = context.ensure_level(backend.stack([y, half]), 3)
             y, half = backend.take(both, 0), backend.take(both, 1)
         y = _newton_step(context, y, half)
-        half = backend.match_level(half, y.level)
-    return context.ensure_level(y, 1)
+    return context.ensure_level(y, level)
 
 
 def _newton_step(context: OperationContext, y: Ciphertext, half: Ciphertext) -> Ciphertext:
