@@ -22,7 +22,7 @@ Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model
 Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, native or simulator (plaintext, no protection).")]
 Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
-Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: not in this engine yet.")]
+Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -49,9 +49,10 @@ def keygen(
     out: Annotated[Path, typer.Option(help="Folder for secret.key, public.key and evaluation.keys.")] = Path("keys"),
     backend: Backend = "auto",
     parameters: Parameters = "n14",
+    bootstrapping: Annotated[bool, typer.Option("--bootstrapping", help="Also keys for servers with --refresh bootstrap (gigabytes).")] = False,
 ) -> None:
     """Generate the keys a model needs."""
-    _load("files").keygen(model, out, backend, parameters)
+    _load("files").keygen(model, out, backend, parameters, bootstrapping)
 
 
 @app.command()

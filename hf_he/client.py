@@ -76,10 +76,10 @@ class Client:
             raise ParameterError(f"these keys are for the {keys.backend.name} backend or for other parameters: build the client with keys=... instead")
         self.keys = keys
 
-    def keygen(self, progress: Callable[[int, int], None] | None = None) -> Keys:
-        """Fresh keys for exactly the rotations this model needs. `keys.evaluation` is what a server gets."""
+    def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
+        """Fresh keys for exactly the rotations this model needs, and for bootstrapping if asked. `keys.evaluation` is what a server gets."""
         rotations = required_rotations(self.model.config, self.packing)
-        self.use_keys(Keys.generate(self.backend, rotations, progress))
+        self.use_keys(Keys.generate(self.backend, rotations, progress, bootstrapping=bootstrapping))
         return self._keys
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.errors import CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
+from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
 from hf_he.serialization import peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
@@ -71,11 +71,21 @@ class Keys:
         return self.secret.key_id
 
     @classmethod
-    def generate(cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None) -> Keys:
-        """Fresh keys whose evaluation half covers `rotations`; `progress(done, total)` counts keys."""
+    def generate(
+        cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False
+    ) -> Keys:
+        """Fresh keys whose evaluation half covers `rotations`, and bootstrapping if asked for; `progress(done, total)` counts keys.
+
+        Raises BackendUnavailableError when the backend or its parameters cannot bootstrap.
+        """
+        if bootstrapping and not backend.capabilities()["bootstrap"]:
+            raise BackendUnavailableError(
+                f"the {backend.name} backend does not bootstrap with these parameters: use --refresh client, or a parameter set that bootstraps (`hf-he env`)"
+            )
         secret = backend.generate_secret_key()
         public = backend.generate_public_key(secret)
-        evaluation = backend.generate_evaluation_keys(secret, rotations, progress=progress)
+        options = {"bootstrapping": True} if bootstrapping else {}
+        evaluation = backend.generate_evaluation_keys(secret, rotations, progress=progress, **options)
         return cls(backend, secret, public, ServerKeys(backend.name, backend.parameters, evaluation))
 
     def save(self, folder: str | Path) -> dict[str, int]:

@@ -114,7 +114,7 @@ class Server:
         with self._busy:
             self.backend.log.reset()
             self._client = refresh
-            refreshes = self.session.refresh.count
+            before = self.session.refresh.count
             start = time.perf_counter()
             try:
                 logits, batch_seconds = self._forward(work, progress)
@@ -122,7 +122,8 @@ class Server:
                 self._client = None
                 self._position = {"state": "idle"}
             seconds = time.perf_counter() - start
-            report = self._report(seconds, batch_seconds, self.session.refresh.count - refreshes)
+            round_trips = self.session.refresh.count - before if isinstance(self.session.refresh, ClientRefresh) else 0
+            report = self._report(seconds, batch_seconds, round_trips)
             result = EncryptedResult(self.identity, work.batches, work.batch_id, self.backend.serialize(logits), report)
         return result.to_bytes()
 
@@ -172,7 +173,7 @@ class Server:
             "by_primitive": log.by_primitive(),
             "operations": log.operations(),
             "refreshes": refreshes,
-            "bootstraps": 0,
+            "bootstraps": log.operations().get("bootstrap", 0),
             "peak_memory_bytes": peak_memory_bytes(),
             "trace": [[entry.scope, entry.primitive, entry.level, entry.count] for entry in log.trace],
         }

@@ -97,7 +97,7 @@ def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
     run("demo", "--model", model, "--backend", "simulator", "--text", text, "--json", code=1)
 
 
-def test_demo_says_that_bootstrapping_is_not_there_yet(model, text):
+def test_demo_says_when_the_parameters_do_not_bootstrap(model, text):
     with pytest.raises(errors.BackendUnavailableError, match="use --refresh client"):
         run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap")
 

@@ -355,9 +355,11 @@ class TestRefresh:
             remote.infer(batch.to_bytes(), lambda data: data[:-1])
         assert client.infer(remote, SENTENCES).agreement == 1.0
 
-    def test_bootstrapping_is_not_there_yet(self, model, client):
+    def test_parameters_that_do_not_bootstrap(self, model, client):
         with pytest.raises(BackendUnavailableError, match="use --refresh client"):
             Server(model, client.keys.evaluation, refresh="bootstrap")
+        with pytest.raises(BackendUnavailableError, match="use --refresh client"):
+            Client.from_pretrained(model, backend="simulator").keygen(bootstrapping=True)
         with pytest.raises(ParameterError, match="choose one of client, bootstrap"):
             Server(model, client.keys.evaluation, refresh="magic")
 

@@ -57,7 +57,7 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="hf-he-demo-") as folder:
         began = time.perf_counter()
         with progress_bar(f"Generating keys ({client.backend.name}; the first run also compiles its kernels)") as progress:
-            keys = client.keygen(count_progress(progress))
+            keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap")
             sizes = keys.save(folder)
         seconds["keygen"] = time.perf_counter() - began
         say(f"keys: {sizes[EVALUATION_FILE] / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")

@@ -40,13 +40,13 @@ from hf_he.scripts.display import (
 from hf_he.serialization import read_file, write_file
 
 
-def keygen(model: Path | None, out: Path, backend: str, parameters: str) -> None:
+def keygen(model: Path | None, out: Path, backend: str, parameters: str, bootstrapping: bool) -> None:
     """Write secret.key, public.key and evaluation.keys into `out`."""
     parameter_set(parameters)
     client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
     start = time.perf_counter()
     with progress_bar("Generating keys") as progress:
-        keys = client.keygen(count_progress(progress))
+        keys = client.keygen(count_progress(progress), bootstrapping=bootstrapping)
     sizes = keys.save(out)
     seconds, bits = time.perf_counter() - start, keys.backend.parameters.security_bits
     console.print(f"key {keys.key_id} for the {keys.backend.name} backend, {bits}-bit security, {seconds:.1f} s")
