@@ -10,7 +10,6 @@ because its values in the NTT domain depend on the exponent modulo 4p only: in t
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit, prange
 
 from hf_he.ckks.ntt import COLUMNS

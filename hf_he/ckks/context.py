@@ -16,6 +16,7 @@ from hf_he.errors import ParameterError
 
 MAX_RING_DEGREE = 1 << 16
 MAX_DIGIT = 8
+MIN_MODULUS = 1 << 28
 MAX_PERMUTATIONS = 512
 
 
@@ -25,6 +26,8 @@ class Context:
     def __init__(self, parameters: CKKSParameters) -> None:
         if parameters.ring_degree > MAX_RING_DEGREE or len(parameters.special_moduli) > MAX_DIGIT:
             raise ParameterError(f"the native engine runs ring degrees up to {MAX_RING_DEGREE} with at most {MAX_DIGIT} special moduli")
+        if min(*parameters.moduli, *parameters.special_moduli) < MIN_MODULUS:
+            raise ParameterError("the native engine's base conversion is exact for moduli above 2^28 only: use larger primes")
         self.parameters = parameters
         self.ring_degree = parameters.ring_degree
         self.chain = (*parameters.moduli, *parameters.special_moduli)

@@ -135,9 +135,7 @@ class Evaluator:
         batch = np.broadcast_shapes(a.shape[:-3], b.shape[:-3])
         components = max(a.shape[-3], b.shape[-3])
         out = empty(math.prod(batch), components, *a.shape[-2:])
-        arithmetic.add_rows(
-            _flat(a), _batch_index(a.shape[:-3], batch), _flat(b), _batch_index(b.shape[:-3], batch), out, sign, self.moduli
-        )
+        arithmetic.add_rows(_flat(a), _batch_index(a.shape[:-3], batch), _flat(b), _batch_index(b.shape[:-3], batch), out, sign, self.moduli)
         return out.reshape(*batch, components, *a.shape[-2:])
 
     def negate(self, a: np.ndarray) -> np.ndarray:
@@ -204,7 +202,13 @@ class Evaluator:
         threads = self.context.threads
         workspace = [np.empty((threads, size)) for size in (2 * width * run, width * products.TILE * 16, products.TILE * 48)]
         products.multiply_plain_sum(
-            np.ascontiguousarray(plain), np.ascontiguousarray(a).reshape(terms, rest, limbs, n), out, self.moduli, self.context.switch.shifts, *workspace, threads
+            np.ascontiguousarray(plain),
+            np.ascontiguousarray(a).reshape(terms, rest, limbs, n),
+            out,
+            self.moduli,
+            self.context.switch.shifts,
+            *workspace,
+            threads,
         )
         return out.reshape(groups, *a.shape[1:])
 
@@ -231,7 +235,13 @@ class Evaluator:
         rows = math.prod(a.shape[:-2])
         out = empty(rows, limbs - 1, n)
         keyswitch.rescale_rows(
-            np.ascontiguousarray(a).reshape(rows, limbs, n), out, empty(rows, n), self.context.tables, self.context.switch, self.context.scratch, self.context.threads
+            np.ascontiguousarray(a).reshape(rows, limbs, n),
+            out,
+            empty(rows, n),
+            self.context.tables,
+            self.context.switch,
+            self.context.scratch,
+            self.context.threads,
         )
         return out.reshape(*a.shape[:-2], limbs - 1, n)
 
@@ -256,6 +266,11 @@ class Evaluator:
     def relinearize(self, a: np.ndarray, keys: SwitchingKeys) -> np.ndarray:
         """3 components to 2."""
         return self._switch(a, 2, 2, keys, [1])[0].reshape(*a.shape[:-3], 2, *a.shape[-2:])
+
+    @_exclusive
+    def switch_key(self, a: np.ndarray, key: SwitchingKeys) -> np.ndarray:
+        """2 components under another secret: `key` holds a single key, from the old secret to the new one."""
+        return self._switch(a, 1, 1, key, [1])[0].reshape(a.shape)
 
     @_exclusive
     def rotate(self, a: np.ndarray, keys: SwitchingKeys, steps: Sequence[int]) -> np.ndarray:

@@ -46,7 +46,12 @@ def _garbled(kind: str, what: str) -> CorruptFileError:
 def _array(arrays: dict[str, np.ndarray], name: str, kind: str, dtype: type, shape: tuple[int | None, ...]) -> np.ndarray:
     """arrays[name], checked; None in `shape` matches any size."""
     found = arrays.get(name)
-    if found is None or found.dtype != dtype or found.ndim != len(shape) or any(want not in (None, size) for size, want in zip(found.shape, shape)):
+    if (
+        found is None
+        or found.dtype != dtype
+        or found.ndim != len(shape)
+        or any(want not in (None, size) for size, want in zip(found.shape, shape, strict=True))
+    ):
         raise _garbled(kind, f"the array {name}")
     return found
 
@@ -128,14 +133,12 @@ def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, f
         raise _garbled(kind, "the conjugation flag")
     conjugation = metadata["conjugation"] == "1"
     rotations = _array(arrays, "rotations", kind, np.int64, (None,))
-    if rotations.size and (np.diff(rotations, prepend=0) <= 0).any() or (rotations >= context.parameters.slots).any():
+    if (np.diff(rotations, prepend=0) <= 0).any() or (rotations >= context.parameters.slots).any():
         raise _garbled(kind, "the list of rotations")
     steps = [int(s) for s in rotations]
     count = 1 + len(steps) + conjugation
     seeds = _array(arrays, "seeds", kind, np.uint8, (count, SEED_BYTES))
-    packed = [
-        _array(arrays, f"residues.{k}", kind, np.uint8, (count, context.dnum, context.ring_degree, _width(q))) for k, q in enumerate(context.chain)
-    ]
+    packed = [_array(arrays, f"residues.{k}", kind, np.uint8, (count, context.dnum, context.ring_degree, _width(q))) for k, q in enumerate(context.chain)]
     index = {context.galois_element(s): i + 1 for i, s in enumerate(steps)}
     if conjugation:
         index[context.conjugation_element] = count - 1
@@ -163,10 +166,7 @@ def read_public_key(context: Context, data: bytes) -> PublicKey:
     arrays, metadata = _open(context, data, kind)
     seed = _array(arrays, "seed", kind, np.uint8, (SEED_BYTES,)).tobytes()
     b = np.stack(
-        [
-            unpack_residues(_array(arrays, f"residues.{k}", kind, np.uint8, (context.ring_degree, _width(q))), q)
-            for k, q in enumerate(context.parameters.moduli)
-        ]
+        [unpack_residues(_array(arrays, f"residues.{k}", kind, np.uint8, (context.ring_degree, _width(q))), q) for k, q in enumerate(context.parameters.moduli)]
     )
     a = uniform(seed, context.parameters.moduli, context.ring_degree)
     return PublicKey(metadata["key_id"], context.parameters.fingerprint, seed, b, a)

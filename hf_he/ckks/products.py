@@ -156,7 +156,7 @@ def _dense_products(a, plain, out, start, stop, moduli):
 @njit(parallel=True, **JIT)
 def multiply_plain_sum(plain, a, out, moduli, shifts, sx, sw, so, threads):
     """out[g, r, k] = sum_j plain[g, j, k] * a[j, r, k]: plain [G, J, L, S], a [J, R, L, N], out [G, R, L, N] with R = batch*components."""
-    groups, terms, limbs, size = plain.shape
+    terms, limbs, size = plain.shape[1:]
     rest, n = a.shape[1], a.shape[3]
     patterns = size // COLUMNS
     run = n // patterns

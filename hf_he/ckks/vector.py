@@ -152,9 +152,7 @@ def transpose8(typingctx, source, start, stride, target, target_start, target_st
         def row(base, step, i):
             return builder.add(base, builder.mul(step, ir.Constant(base.type, i)))
 
-        rows = [
-            builder.load(_pointer(context, builder, signature.args[0], source, row(start, stride, i)), align=8) for i in range(WIDTH)
-        ]
+        rows = [builder.load(_pointer(context, builder, signature.args[0], source, row(start, stride, i)), align=8) for i in range(WIDTH)]
         for distance, low in ((1, [0, 8, 2, 10, 4, 12, 6, 14]), (2, [0, 1, 8, 9, 4, 5, 12, 13]), (4, [0, 1, 2, 3, 8, 9, 10, 11])):
             new = list(rows)
             for i in range(WIDTH):

@@ -56,7 +56,7 @@ def compose(residues, moduli):
     """Chinese remainders: [limbs, N] to a list of N centred integers."""
     total = math.prod(moduli)
     weights = [total // q * pow(total // q, -1, q) for q in moduli]
-    values = [sum(int(r) * w for r, w in zip(column, weights)) % total for column in np.asarray(residues).T]
+    values = [sum(int(r) * w for r, w in zip(column, weights, strict=True)) % total for column in np.asarray(residues).T]
     return [v - total if v > total // 2 else v for v in values]
 
 

@@ -22,7 +22,7 @@ def exact_phase(engine, c0, c1, secret):
     rows = np.empty_like(c0)
     for k in range(limbs):
         q = engine.context.chain[k]
-        exact = [(int(a) + int(b) * int(s)) % q for a, b, s in zip(c0[k], c1[k], secret[k])]
+        exact = [(int(a) + int(b) * int(s)) % q for a, b, s in zip(c0[k], c1[k], secret[k], strict=True)]
         rows[k] = [v - q if v > q // 2 else v for v in exact]
     return np.array(engine.coefficients(rows, limbs), dtype=object)
 
@@ -44,7 +44,7 @@ def test_mod_up_is_the_centred_lift(special_count, limbs):
         for r in set(range(rows)) - set(digit):
             modulus = context.chain[r if r < limbs else r + offset]
             row = context.scratch.extended[j * rows + r, : context.ring_degree]
-            assert all((int(x) - v) % modulus == 0 for x, v in zip(row, lifted))
+            assert all((int(x) - v) % modulus == 0 for x, v in zip(row, lifted, strict=True))
 
 
 @pytest.mark.parametrize("special_count", [1, 2, 3])
@@ -55,11 +55,11 @@ def test_relinearisation_is_exact_up_to_noise(special_count, limbs):
     ct[2] = random_row(engine, limbs, 7)
     out = engine.evaluator.relinearize(ct, engine.keys)
     secret = engine.secret._rows
-    square = np.array([[int(s) * int(s) % q for s in row] for row, q in zip(secret, engine.context.chain)], dtype=object)
+    square = np.array([[int(s) * int(s) % q for s in row] for row, q in zip(secret, engine.context.chain, strict=True)], dtype=object)
     wanted = exact_phase(engine, np.zeros_like(ct[0]), ct[2], square)
     got = exact_phase(engine, out[0], out[1], secret)
     modulus = math.prod(engine.context.chain[:limbs])
-    difference = [(g - w + modulus // 2) % modulus - modulus // 2 for g, w in zip(got, wanted)]
+    difference = [(g - w + modulus // 2) % modulus - modulus // 2 for g, w in zip(got, wanted, strict=True)]
     assert max(map(abs, difference)) < NOISE
 
 
@@ -72,7 +72,7 @@ def test_rotation_is_the_automorphism_up_to_noise(step, limbs):
     wanted = apply_automorphism(exact_phase(engine, ct[0], ct[1], secret), engine.context.galois_element(step))
     for out in (engine.evaluator.rotate(ct, engine.keys, [step])[0], engine.evaluator.sum_rotated(ct[None], engine.keys, [step])):
         got = exact_phase(engine, out[0], out[1], secret)
-        difference = [(g - w + modulus // 2) % modulus - modulus // 2 for g, w in zip(got, wanted)]
+        difference = [(g - w + modulus // 2) % modulus - modulus // 2 for g, w in zip(got, wanted, strict=True)]
         assert max(map(abs, difference)) < NOISE
 
 
@@ -90,7 +90,7 @@ def test_long_mixed_sums_stay_in_range():
     values = np.random.default_rng(3).uniform(-1, 1, (25, engine.parameters.slots))
     steps = [0 if g % 8 == 7 else 5 for g in range(25)]
     out = engine.evaluator.sum_rotated(engine.encrypt(values), engine.keys, steps)
-    assert np.allclose(engine.decrypt(out), sum(np.roll(v, -s) for v, s in zip(values, steps)), atol=1e-6)
+    assert np.allclose(engine.decrypt(out), sum(np.roll(v, -s) for v, s in zip(values, steps, strict=True)), atol=1e-6)
 
 
 @pytest.mark.parametrize("limbs", [2, 3, 7])
@@ -101,7 +101,7 @@ def test_rescaling_rounds_exactly(limbs):
     last = engine.context.chain[limbs - 1]
     before, after = engine.coefficients(row, limbs), engine.coefficients(out, limbs - 1)
     modulus = math.prod(engine.context.chain[: limbs - 1])
-    for b, a in zip(before, after):
+    for b, a in zip(before, after, strict=True):
         rounded = (b - ((b + last // 2) % last - last // 2)) // last
         assert (rounded - a) % modulus == 0
 

@@ -69,7 +69,16 @@ def test_files_cannot_smuggle_in_insecure_parameters():
 
 @pytest.mark.parametrize(
     "change",
-    [{"ring_degree": 16383}, {"moduli": []}, {"moduli": [15] * 8}, {"special_moduli": [2**70]}, {"digit_size": 0}, {"scale_bits": 40.5}, {"moduli": None}, {"insecure": 1}],
+    [
+        {"ring_degree": 16383},
+        {"moduli": []},
+        {"moduli": [15] * 8},
+        {"special_moduli": [2**70]},
+        {"digit_size": 0},
+        {"scale_bits": 40.5},
+        {"moduli": None},
+        {"insecure": 1},
+    ],
 )
 def test_malformed_parameters_are_named(change):
     with pytest.raises(ParameterError):
