@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_he.attention import gaussian_kernel_attention
-from hf_he.backends import get_backend
+from hf_he.backends import available_backends, get_backend
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import BackendUnavailableError, LevelError, RefreshError, ShapeError, UnsupportedEncryptedOperation
 from hf_he.models.he_bert import HEBertConfig, HEBertForSequenceClassification
@@ -116,6 +116,18 @@ def test_bert_tiny_at_secure_parameters(make_lab):
     assert operations["rotate"] <= 1300 and lab.session.refresh.count <= 16
     assert set(lab.backend.log.by_op()) == {"linear", "attention", "norm", "activation", "refresh", "other"} - {"other"}
     assert set(lab.backend.rotations_used) == required_rotations(model.config, lab.packing)
+
+
+@pytest.mark.parametrize("backend", [name for name, (ok, _) in available_backends().items() if ok and name != "simulator"])
+def test_real_ciphertexts_level_for_level_as_simulated(make_lab, backend):
+    model = small_model()
+    packing = make_lab().packing
+    embeddings, mask = inputs(model, packing.sequences, TOKENS)
+    expected = calibrated(model, embeddings, mask)
+    labs = [make_lab(rotations=required_rotations(model.config, packing), backend=name) for name in ("simulator", backend)]
+    for lab in labs:
+        np.testing.assert_allclose(run(lab, model, embeddings, mask), expected.numpy(), atol=1e-4)
+    assert labs[0].backend.log.trace == labs[1].backend.log.trace
 
 
 def test_masked_tokens_do_not_matter(make_lab):
