@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_he.errors import LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
+from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
 
 if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
@@ -62,12 +62,13 @@ class Plaintext:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationKeys:
-    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation."""
+    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation and bootstrapping."""
 
     payload: Any = field(repr=False)
     key_id: str
     rotations: frozenset[int]
     conjugation: bool = False
+    bootstrapping: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,13 @@ class HEBackend(ABC):
         """A fresh secret key. Its type has no payload in repr, refuses pickling, and carries `key_id`."""
 
     @abstractmethod
-    def generate_evaluation_keys(self, secret_key: Any, rotations: Iterable[int], *, conjugation: bool = False, progress=None) -> EvaluationKeys:
-        """Relinearisation and Galois keys. `progress`, if given, is called with (done, total)."""
+    def generate_evaluation_keys(
+        self, secret_key: Any, rotations: Iterable[int], *, conjugation: bool = False, bootstrapping: bool = False, progress=None
+    ) -> EvaluationKeys:
+        """Relinearisation and Galois keys, and those of `bootstrap` (gigabytes). `progress`, if given, is called with (done, total).
+
+        Raises BackendUnavailableError when bootstrapping keys are asked for and the backend or its parameters cannot bootstrap.
+        """
 
     @abstractmethod
     def generate_public_key(self, secret_key: Any) -> Any:
@@ -203,7 +209,9 @@ class HEBackend(ABC):
         """[*batch, slots] float64. Raises WrongKeyError when the key is not the ciphertext's."""
         self._check_fingerprint(secret_key)
         if ct.key_id != secret_key.key_id:
-            raise WrongKeyError(f"this ciphertext was encrypted under key {ct.key_id}, not {secret_key.key_id}: use the key file written by the same `hf-he keygen`")
+            raise WrongKeyError(
+                f"this ciphertext was encrypted under key {ct.key_id}, not {secret_key.key_id}: use the key file written by the same `hf-he keygen`"
+            )
         with self.log.primitive("decrypt", ct.level, ct.count):
             return self._decrypt(ct, secret_key)
 
@@ -344,6 +352,25 @@ class HEBackend(ABC):
         with self.log.primitive("conjugate", a.level, a.count):
             return replace(a, payload=self._conjugate(a))
 
+    # ---- refresh ----
+    def bootstrap(self, a: Ciphertext) -> Ciphertext:
+        """The same values at `max_level` and its canonical scale, without the secret key: [*batch] at any level to [*batch].
+
+        Values are meant to be within [-1, 1]; the result is then within 2^-13 at N = 2^16, and beyond that range the error grows with the cube of
+        the coefficients. Two ciphertexts of a batch share one bootstrap. Raises MissingKeyError without bootstrapping keys, and
+        BackendUnavailableError where the parameters have no moduli for it.
+        """
+        self._check_two(a)
+        if not self.capabilities()["bootstrap"]:
+            raise BackendUnavailableError("these parameters do not bootstrap: use the parameter set n16-bootstrap, or --refresh client")
+        if self._keys_for(a).bootstrapping is None:
+            raise MissingKeyError("no bootstrapping keys: generate the evaluation keys with bootstrapping=True")
+        a = self.match_level(a, 0)
+        self._check_scales(a.scale, self.parameters.scale_at(0))
+        with self.log.primitive("bootstrap", a.level, a.count):
+            payload = self._bootstrap(a)
+        return replace(a, payload=payload, level=self.parameters.max_level, scale=self.parameters.scale_at(self.parameters.max_level))
+
     # ---- batch structure: views where the payload allows ----
     def take(self, a: Ciphertext, index: int | slice) -> Ciphertext:
         """Index the leading batch axis."""
@@ -415,6 +442,8 @@ class HEBackend(ABC):
     def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Any: ...
     @abstractmethod
     def _conjugate(self, a: Ciphertext) -> Any: ...
+    @abstractmethod
+    def _bootstrap(self, a: Ciphertext) -> Any: ...
     @abstractmethod
     def _take(self, a: Ciphertext, index: int | slice) -> Any: ...
     @abstractmethod

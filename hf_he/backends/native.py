@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,15 @@ import numpy as np
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks import files
+from hf_he.ckks.bootstrapping import files as bootstrapping_files
+from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
+from hf_he.ckks.bootstrapping.keys import BootstrappingKeys
+from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.context import context_for
 from hf_he.ckks.evaluator import Evaluator
 from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.errors import ParameterError, SecretKeyOnServerError
+from hf_he.errors import ParameterError, SecretKeyOnServerError, WrongKeyError
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,9 @@ class NativeBackend(HEBackend):
         self.context = context_for(parameters)
         self._evaluator = Evaluator(self.context)
 
+    def capabilities(self) -> dict[str, bool]:
+        return {**super().capabilities(), "bootstrap": bool(self.parameters.bootstrap_moduli)}
+
     # ---- keys ----
     def generate_secret_key(self) -> SecretKey:
         return SecretKey.generate(self.context)
@@ -53,15 +62,17 @@ class NativeBackend(HEBackend):
         rotations: Iterable[int],
         *,
         conjugation: bool = False,
+        bootstrapping: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
+        extra = BootstrappingKeys.generate(BootstrapPlan(self.parameters), secret_key, progress) if bootstrapping else None
         steps = frozenset(int(s) % self.parameters.slots for s in rotations) - {0}
         elements = [self.context.galois_element(s) for s in sorted(steps)]
         if conjugation:
             elements.append(self.context.conjugation_element)
         keys = SwitchingKeys.generate(self.context, secret_key, elements, progress)
-        return EvaluationKeys(keys, secret_key.key_id, steps, conjugation)
+        return EvaluationKeys(keys, secret_key.key_id, steps, conjugation, extra)
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
         """Use these keys. Raises SecretKeyOnServerError for a secret key, ParameterError for keys of another backend or parameter set."""
@@ -72,7 +83,13 @@ class NativeBackend(HEBackend):
         residues = keys.payload.residues
         if residues.shape[1:] != SwitchingKeys.shape(context, 1)[1:] or keys.payload.fingerprint != self.parameters.fingerprint:
             raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
+        if keys.bootstrapping is not None and keys.bootstrapping.fingerprint != self.parameters.fingerprint:
+            raise ParameterError("these bootstrapping keys were generated for other CKKS parameters: generate them again")
         super().load_evaluation_keys(keys)
+
+    @cached_property
+    def _bootstrapper(self) -> Bootstrapper:
+        return Bootstrapper(self.parameters)
 
     @property
     def _keys(self) -> SwitchingKeys:
@@ -83,6 +100,8 @@ class NativeBackend(HEBackend):
         if isinstance(item, Ciphertext):
             return files.write_ciphertext(self.context, item.payload.values, item.payload.seeds, item.level, item.scale, item.key_id)
         if isinstance(item, EvaluationKeys):
+            if item.bootstrapping is not None:
+                raise ParameterError("bootstrapping keys take gigabytes: write them with save_bootstrapping_keys into a folder, and the others without them")
             return files.write_switching_keys(self.context, item.payload, item.rotations, item.conjugation, item.key_id)
         if isinstance(item, PublicKey):
             return files.write_public_key(self.context, item)
@@ -91,6 +110,17 @@ class NativeBackend(HEBackend):
                 raise SecretKeyOnServerError("serialising a secret key needs allow_secret=True: do it on the client only, into a file only its owner reads")
             return files.write_secret_key(self.context, item)
         raise ParameterError(f"the native backend cannot serialise a {type(item).__name__}")
+
+    def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
+        """Write the bootstrapping half of `keys` into a folder, one file after another; returns the bytes written."""
+        return bootstrapping_files.save(keys.bootstrapping, BootstrapPlan(self.parameters), keys.key_id, folder)
+
+    def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
+        """`keys` completed by a folder that save_bootstrapping_keys wrote. Raises CorruptFileError, ParameterError, or WrongKeyError."""
+        extra, key_id = bootstrapping_files.load(BootstrapPlan(self.parameters), folder)
+        if key_id != keys.key_id:
+            raise WrongKeyError(f"the bootstrapping keys belong to key {key_id}, the evaluation keys to {keys.key_id}: use one key folder")
+        return replace(keys, bootstrapping=extra)
 
     def deserialize(self, data: bytes, kind: str) -> Any:
         if kind == "ciphertext":
@@ -168,6 +198,13 @@ class NativeBackend(HEBackend):
 
     def _conjugate(self, a: Ciphertext) -> Residues:
         return Residues(self._evaluator.conjugate(a.payload.values, self._keys))
+
+    # ---- refresh ----
+    def _bootstrap(self, a: Ciphertext) -> Residues:
+        values = a.payload.values
+        flat = np.ascontiguousarray(values).reshape(-1, *values.shape[-3:])
+        fresh = self._bootstrapper(flat, self.evaluation_keys.bootstrapping)
+        return Residues(fresh.reshape(*a.batch_shape, *fresh.shape[-3:]))
 
     # ---- batch structure ----
     def _take(self, a: Ciphertext, index: int | slice) -> Residues:

@@ -1,4 +1,4 @@
-"""The canonical embedding: real slot vectors to integer polynomials and back, and their residues in NTT domain.
+"""The canonical embedding: slot vectors (real, inside bootstrapping complex) to integer polynomials and back, and their residues in NTT domain.
 
 Slot j is the value at zeta^(5^j), zeta = exp(i*pi/N), so X -> X^(5^s) rotates the slots left by s. A vector of period p is a polynomial in
 X^(N/2p): it is encoded in the ring of degree 2p, at 2p values per limb, whatever N is.
@@ -36,22 +36,27 @@ def _half_roots(ring_degree: int) -> np.ndarray:
 
 
 def to_coefficients(values: np.ndarray, scale: float) -> np.ndarray:
-    """[*batch, p] reals to the rounded coefficients [*batch, 2p] of scale * embedding^-1, integers in float64, natural order."""
+    """[*batch, p] real or complex values to the rounded coefficients [*batch, 2p] of scale * embedding^-1, integers in float64, natural order."""
     period = values.shape[-1]
     degree = 2 * period
-    evaluations = np.empty((*values.shape[:-1], degree))
+    evaluations = np.empty((*values.shape[:-1], degree), dtype=values.dtype)
     positions = _slot_positions(degree)
     evaluations[..., positions] = values
-    evaluations[..., degree - 1 - positions] = values
+    evaluations[..., degree - 1 - positions] = values.conj()
     transformed = np.fft.fft(evaluations, axis=-1)
     return np.rint((transformed * _half_roots(degree).conj()).real * (scale / degree))
 
 
-def to_values(coefficients: np.ndarray, scale: float) -> np.ndarray:
-    """[*batch, N] coefficients to [*batch, N/2] slot values (real parts)."""
+def to_complex_values(coefficients: np.ndarray, scale: float) -> np.ndarray:
+    """[*batch, N] coefficients to [*batch, N/2] complex slot values."""
     degree = coefficients.shape[-1]
     evaluations = np.fft.ifft(coefficients * _half_roots(degree), axis=-1)
-    return evaluations[..., _slot_positions(degree)].real * (degree / scale)
+    return evaluations[..., _slot_positions(degree)] * (degree / scale)
+
+
+def to_values(coefficients: np.ndarray, scale: float) -> np.ndarray:
+    """[*batch, N] coefficients to [*batch, N/2] slot values (real parts)."""
+    return to_complex_values(coefficients, scale).real
 
 
 class CompactTransform:

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from hf_he.ckks.number_theory import is_prime, nearest_prime, primes_below
@@ -23,15 +23,22 @@ MAX_LOG2_QP = {1 << 13: 214, 1 << 14: 430, 1 << 15: 868, 1 << 16: 1747, 1 << 17:
 MAX_PRIME_BITS = 50
 ERROR_STANDARD_DEVIATION = 3.19
 _MAX_LIMBS = 64
+TRANSFORM_STAGES = 3
+"""Factors of each of the two linear transforms of bootstrapping; one level each."""
+COSINE_BITS = ((50,), (50,), (50,), (50,), (33, 33), (29, 29), (29, 29), (29, 29))
+"""Moduli of the eight levels of the approximate modular reduction, the last one first. The first levels, whose rounding errors are
+amplified most, run at a scale of 2^58 and are rescaled by two primes."""
+TRANSFORM_BITS = 50
 
 
 @dataclass(frozen=True)
 class CKKSParameters:
     """One CKKS instance: Z[X]/(X^ring_degree + 1), ciphertext moduli q_0..q_L, special moduli for key switching.
 
-    `digit_size` is the number of ciphertext limbs per key-switching digit. All moduli are distinct primes = 1 mod 2*ring_degree below
-    2^50. Raises ParameterError when malformed and InsecureParametersError outside the 128-bit table, unless `insecure=True`, which
-    warns and exists for unit tests.
+    `digit_size` is the number of ciphertext limbs per key-switching digit. `bootstrap_moduli`, above the usable ones, carry the levels
+    that bootstrapping consumes (see hf_he.ckks.bootstrapping); ciphertexts outside it never use them. All moduli are distinct primes
+    = 1 mod 2*ring_degree below 2^50. Raises ParameterError when malformed and InsecureParametersError outside the 128-bit table, unless
+    `insecure=True`, which warns and exists for unit tests.
     """
 
     ring_degree: int
@@ -40,9 +47,11 @@ class CKKSParameters:
     scale_bits: int
     digit_size: int
     insecure: bool = False
+    bootstrap_moduli: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "moduli", tuple(self.moduli))
+        object.__setattr__(self, "bootstrap_moduli", tuple(self.bootstrap_moduli))
         object.__setattr__(self, "special_moduli", tuple(self.special_moduli))
         self._check_shape()
         self._check_primes()
@@ -60,7 +69,7 @@ class CKKSParameters:
         n = self.ring_degree
         if not isinstance(n, int) or n & (n - 1) or not 1 << 10 <= n <= 1 << 17:
             raise ParameterError(f"the ring degree must be a power of two from 2^10 to 2^17, got {n}")
-        if not 1 <= len(self.moduli) <= _MAX_LIMBS or not 1 <= len(self.special_moduli) <= _MAX_LIMBS:
+        if not 1 <= len(self.moduli) <= len(self.full_moduli) <= _MAX_LIMBS or not 1 <= len(self.special_moduli) <= _MAX_LIMBS:
             raise ParameterError(f"between 1 and {_MAX_LIMBS} ciphertext moduli and special moduli are needed")
         if not isinstance(self.digit_size, int) or not 1 <= self.digit_size <= len(self.special_moduli):
             raise ParameterError(f"digit_size must be from 1 to the number of special moduli, got {self.digit_size}")
@@ -68,22 +77,31 @@ class CKKSParameters:
             raise ParameterError(f"scale_bits must be from 20 to {MAX_PRIME_BITS}, got {self.scale_bits}")
 
     def _check_primes(self) -> None:
-        chain = (*self.moduli, *self.special_moduli)
+        chain = (*self.full_moduli, *self.special_moduli)
         if len(set(chain)) != len(chain):
             raise ParameterError("the moduli must be distinct")
         for q in chain:
             if not isinstance(q, int) or not 1 << 20 < q < 1 << MAX_PRIME_BITS or q % (2 * self.ring_degree) != 1 or not is_prime(q):
                 raise ParameterError(f"modulus {q} is not a prime = 1 mod {2 * self.ring_degree} between 2^20 and 2^{MAX_PRIME_BITS}")
-        largest = max(math.prod(self.moduli[i : i + self.digit_size]) for i in range(0, len(self.moduli), self.digit_size))
+        largest = max(math.prod(self.full_moduli[i : i + self.digit_size]) for i in range(0, len(self.full_moduli), self.digit_size))
         if math.prod(self.special_moduli) < largest:
             raise ParameterError("the product of the special moduli must be at least that of every digit: key switching would drown the message")
 
     @classmethod
     def from_bits(
-        cls, log2_degree: int, first_bits: int, scale_bits: int, levels: int, special_bits: int, special_count: int, insecure: bool = False
+        cls,
+        log2_degree: int,
+        first_bits: int,
+        scale_bits: int,
+        levels: int,
+        special_bits: int,
+        special_count: int,
+        insecure: bool = False,
+        bootstrap: bool = False,
     ) -> CKKSParameters:
         """Deterministic prime chain: q_0 and the special moduli are the largest primes below their power of two, the others are chosen from
-        the top so that every canonical scale stays next to 2^scale_bits. One special modulus per limb of a digit."""
+        the top so that every canonical scale stays next to 2^scale_bits. One special modulus per limb of a digit.
+        With `bootstrap`, moduli for bootstrapping on top."""
         if not 10 <= log2_degree <= 17 or not 0 <= levels < _MAX_LIMBS or not 1 <= special_count <= _MAX_LIMBS:
             raise ParameterError("log2_degree must be 10..17, levels and special_count below 64")
         if not all(20 < bits <= MAX_PRIME_BITS for bits in (first_bits, scale_bits, special_bits)):
@@ -109,7 +127,19 @@ class CKKSParameters:
             taken.add(prime)
             chain.append(prime)
             scale = scale * scale / prime
-        return cls(1 << log2_degree, (first, *reversed(chain)), special, scale_bits, special_count, insecure)
+        extra = []
+        if bootstrap:
+            bits = [(scale_bits,)] * TRANSFORM_STAGES + list(COSINE_BITS) + [(TRANSFORM_BITS,)] * TRANSFORM_STAGES
+            for group in bits:
+                for size in group:
+                    extra.append(below(size) if size == MAX_PRIME_BITS else nearest_prime(2.0**size, step, taken))
+                    taken.add(extra[-1])
+        return cls(1 << log2_degree, (first, *reversed(chain)), special, scale_bits, special_count, insecure, tuple(extra))
+
+    @property
+    def full_moduli(self) -> tuple[int, ...]:
+        """All ciphertext moduli: the usable ones, then those of bootstrapping."""
+        return (*self.moduli, *self.bootstrap_moduli)
 
     @property
     def slots(self) -> int:
@@ -124,7 +154,7 @@ class CKKSParameters:
     @cached_property
     def log2_qp(self) -> float:
         """log2 of the product of all moduli, special ones included."""
-        return sum(math.log2(q) for q in (*self.moduli, *self.special_moduli))
+        return sum(math.log2(q) for q in (*self.full_moduli, *self.special_moduli))
 
     @property
     def security_bits(self) -> int:
@@ -161,7 +191,7 @@ class CKKSParameters:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the inverse of `from_dict`."""
-        return {
+        data = {
             "ring_degree": self.ring_degree,
             "moduli": list(self.moduli),
             "special_moduli": list(self.special_moduli),
@@ -169,13 +199,15 @@ class CKKSParameters:
             "digit_size": self.digit_size,
             "insecure": self.insecure,
         }
+        return data | ({"bootstrap_moduli": list(self.bootstrap_moduli)} if self.bootstrap_moduli else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, insecure: bool = False) -> CKKSParameters:
         """Parameters read from a file. Ones marked insecure are refused unless the caller passes insecure=True."""
         try:
-            moduli, special = tuple(data["moduli"]), tuple(data["special_moduli"])
-            fields = [data["ring_degree"], data["scale_bits"], data["digit_size"], *moduli[: _MAX_LIMBS + 1], *special[: _MAX_LIMBS + 1]]
+            moduli, special, extra = tuple(data["moduli"]), tuple(data["special_moduli"]), tuple(data.get("bootstrap_moduli", ()))
+            fields = [data["ring_degree"], data["scale_bits"], data["digit_size"]]
+            fields += [q for chain in (moduli, special, extra) for q in chain[: _MAX_LIMBS + 1]]
             marked = data["insecure"]
         except (KeyError, TypeError) as error:
             raise ParameterError(f"these are not CKKS parameters: {error!r}") from None
@@ -183,7 +215,7 @@ class CKKSParameters:
             raise ParameterError("these are not CKKS parameters: every number must be an integer")
         if marked and not insecure:
             raise InsecureParametersError("these parameters are marked insecure: they are for unit tests; generate keys for a named parameter set")
-        return cls(data["ring_degree"], moduli, special, data["scale_bits"], data["digit_size"], marked)
+        return cls(data["ring_degree"], moduli, special, data["scale_bits"], data["digit_size"], marked, extra)
 
 
 PARAMETER_SETS: dict[str, Callable[[], CKKSParameters]] = {
@@ -191,10 +223,11 @@ PARAMETER_SETS: dict[str, Callable[[], CKKSParameters]] = {
     "n14": partial(CKKSParameters.from_bits, 14, first_bits=50, scale_bits=40, levels=7, special_bits=49, special_count=2),
     "n15": partial(CKKSParameters.from_bits, 15, first_bits=50, scale_bits=40, levels=15, special_bits=50, special_count=4),
     "n16": partial(CKKSParameters.from_bits, 16, first_bits=50, scale_bits=40, levels=31, special_bits=50, special_count=8),
+    "n16-bootstrap": partial(CKKSParameters.from_bits, 16, first_bits=50, scale_bits=40, levels=13, special_bits=50, special_count=8, bootstrap=True),
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def parameter_set(name: str) -> CKKSParameters:
     """A named parameter set (see PARAMETER_SETS); all of them are within the 128-bit table."""
     if name not in PARAMETER_SETS:

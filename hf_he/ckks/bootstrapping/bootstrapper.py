@@ -1,0 +1,107 @@
+"""The pipeline: switch to the sparse secret, ModRaise, switch back, CoeffsToSlots, EvalMod, SlotsToCoeffs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hf_he.ckks.bootstrapping.cosine import HALF_WIDTH, SHIFT, cosine_coefficients
+from hf_he.ckks.bootstrapping.factors import coefficients_to_slots, slots_to_coefficients
+from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, ephemeral_parameters
+from hf_he.ckks.bootstrapping.plan import DOUBLE_ANGLES, BootstrapPlan
+from hf_he.ckks.bootstrapping.series import ChebyshevSeries, Scaled
+from hf_he.ckks.bootstrapping.transform import LinearTransform
+from hf_he.ckks.context import context_for
+from hf_he.ckks.evaluator import Evaluator
+from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
+
+
+class Bootstrapper:
+    """Bootstraps ciphertexts of one parameter set. Building it encodes the transforms (about 1 GB at N = 2^16).
+
+    Payloads are residues [2, limbs, N] in NTT domain; slots hold complex values.
+    """
+
+    def __init__(self, parameters: CKKSParameters) -> None:
+        self.plan = plan = BootstrapPlan(parameters)
+        self.evaluator = Evaluator(context_for(plan.full))
+        self._small = Evaluator(context_for(ephemeral_parameters(plan)))
+        slots = parameters.slots
+        # After ModRaise the slots of coefficients q_0 * x have scale q_0; the argument of EvalMod is x / HALF_WIDTH at cosine_scale.
+        inward = coefficients_to_slots(slots, TRANSFORM_STAGES)
+        shrink = 0.5 * plan.cosine_scale / (HALF_WIDTH * parameters.moduli[0])
+        self._inward = self._encode(inward, plan.top, shrink)
+        sine_scale = self._cosine_end = float(plan.divisor(plan.cosine_depth + 1))
+        for depth in range(plan.cosine_depth + 1, len(plan.levels)):
+            sine_scale *= sine_scale / plan.divisor(depth)
+        # sin(2 pi x) holds 2 pi / ratio times the message; what comes out has the canonical scale of the top level.
+        grow = 0.5 * plan.ratio / (2 * math.pi) * parameters.scale_at(parameters.max_level) / sine_scale
+        self._outward = self._encode(slots_to_coefficients(slots, TRANSFORM_STAGES), plan.bottom + TRANSFORM_STAGES, grow)
+        self._imaginary = self.evaluator.encode(np.array([1j]), plan.top - 1, 1.0)
+
+    def _encode(self, factors, limbs: int, gain: float) -> list[LinearTransform]:
+        """Transforms that together multiply the scale by `gain` after rescaling."""
+        out = []
+        for i, factor in enumerate(factors):
+            scale = self.plan.parameters.full_moduli[limbs - 1 - i] * gain ** (1 / len(factors))
+            out.append(LinearTransform(self.evaluator, factor, limbs - i, scale))
+        return out
+
+    # ---- stages ----
+    def pack(self, pair: np.ndarray) -> np.ndarray:
+        """[1 or 2, 2, 1, N] real vectors to one ciphertext [2, 1, N] of complex slots."""
+        return pair[0] if len(pair) == 1 else self.evaluator.add(pair[0], self._times_i(pair[1]))
+
+    def raise_modulus(self, a: np.ndarray, keys: BootstrappingKeys) -> np.ndarray:
+        """[2, 1, N] modulo q_0 to [2, top, N]: the message plus q_0 times small integers, under the main secret."""
+        sparse = self._small.switch_key(a, keys.lower_key)
+        context = self.evaluator.context
+        coefficients = self._small.context.inverse(sparse[:, 0], np.zeros(2, dtype=np.int64))
+        raised = context.forward(coefficients, np.arange(self.plan.top))
+        return self.evaluator.switch_key(raised, keys.raise_key)
+
+    def to_slots(self, a: np.ndarray, keys: BootstrappingKeys) -> Scaled:
+        """The coefficients, divided by q_0 * HALF_WIDTH, in the slots of two ciphertexts: [2 (low, high half), 2, limbs, N]."""
+        evaluator = self.evaluator
+        for transform in self._inward:
+            a = evaluator.rescale(transform(a, keys.galois))
+        return Scaled(np.stack(self._halves(a, keys)), 0, self.plan.cosine_scale)
+
+    def _halves(self, a: np.ndarray, keys: BootstrappingKeys) -> tuple[np.ndarray, np.ndarray]:
+        """Twice the real and twice the imaginary parts of the slots."""
+        evaluator = self.evaluator
+        mirrored = evaluator.conjugate(a, keys.galois)
+        return evaluator.add(a, mirrored), self._times_i(evaluator.add(mirrored, a, -1.0))
+
+    def _times_i(self, a: np.ndarray) -> np.ndarray:
+        return self.evaluator.multiply_plain(a, self._imaginary[: a.shape[-2]])
+
+    def reduce(self, a: Scaled, keys: BootstrappingKeys) -> Scaled:
+        """sin(2 pi x) for the arguments x / HALF_WIDTH."""
+        plan, evaluator = self.plan, self.evaluator
+        series = ChebyshevSeries(evaluator, plan, keys.galois)
+        argument = Scaled(evaluator.add_integer(a.values, -round(SHIFT / HALF_WIDTH * a.scale)), 0, a.scale)
+        squared = series.double_product(argument, argument, None)
+        y = series(np.array(cosine_coefficients(plan.cosine_degree)), squared, plan.cosine_depth, self._cosine_end)
+        for _ in range(DOUBLE_ANGLES):
+            y = series.double_product(y, y, None)
+        return y
+
+    def to_coefficients(self, a: Scaled, keys: BootstrappingKeys) -> np.ndarray:
+        """[2 (low, high half), 2, limbs, N] back to one ciphertext [2, bottom, N] of half the message in complex slots."""
+        evaluator = self.evaluator
+        b = evaluator.add(a.values[0], self._times_i(a.values[1]))
+        for transform in self._outward:
+            b = evaluator.rescale(transform(b, keys.galois))
+        return b
+
+    def __call__(self, a: np.ndarray, keys: BootstrappingKeys) -> np.ndarray:
+        """[B, 2, 1, N] of real slots at level 0 and canonical scale to [B, 2, bottom, N] at the top level's canonical scale; two at a time."""
+        parts = []
+        for i in range(0, len(a), 2):
+            pair = a[i : i + 2]
+            raised = self.raise_modulus(self.pack(pair), keys)
+            halves = self._halves(self.to_coefficients(self.reduce(self.to_slots(raised, keys), keys), keys), keys)
+            parts.extend(halves[: len(pair)])
+        return np.stack(parts)

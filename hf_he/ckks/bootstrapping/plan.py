@@ -1,0 +1,95 @@
+"""Where bootstrapping spends its moduli, and the scales on the way.
+
+From the lowest limb up: the usable moduli, TRANSFORM_STAGES for SlotsToCoeffs, the levels of the approximate modular reduction (a prime of
+fewer than PAIR_BITS bits shares its level with the next one), TRANSFORM_STAGES for CoeffsToSlots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
+from hf_he.errors import BackendUnavailableError, ParameterError
+
+PAIR_BITS = 40
+EPHEMERAL_WEIGHT = 32
+"""Non-zero coefficients of the ephemeral secret, which exists modulo q_0 and one special modulus only (100 bits at N = 2^16)."""
+OVERFLOW_BOUND = 13
+"""Largest multiple of q_0 that ModRaise may add. Multiples are sums of 33 uniforms, of standard deviation 1.66: see `overflow_probability`."""
+DOUBLE_ANGLES = 3
+MESSAGE_BOUND = 1.0
+"""Magnitude of the slot values that bootstrapping is specified for."""
+
+
+@dataclass(frozen=True)
+class BootstrapPlan:
+    """Levels and scales of one parameter set. Raises BackendUnavailableError when it has no moduli for bootstrapping."""
+
+    parameters: CKKSParameters
+
+    def __post_init__(self) -> None:
+        if not self.parameters.bootstrap_moduli:
+            raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
+        if len(self.levels) <= DOUBLE_ANGLES:
+            raise ParameterError("too few bootstrapping moduli: build the parameters with from_bits(..., bootstrap=True)")
+
+    @cached_property
+    def full(self) -> CKKSParameters:
+        """The same chain with every ciphertext modulus usable; fresh keys for it stay within the same QP."""
+        p = self.parameters
+        return CKKSParameters(p.ring_degree, p.full_moduli, p.special_moduli, p.scale_bits, p.digit_size, p.insecure)
+
+    @property
+    def top(self) -> int:
+        """Limbs after ModRaise."""
+        return len(self.parameters.full_moduli)
+
+    @property
+    def bottom(self) -> int:
+        """Limbs when SlotsToCoeffs is done: those of a ciphertext at `max_level`."""
+        return len(self.parameters.moduli)
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """levels[d]: limbs at depth d of the modular reduction, d = 0 before it."""
+        moduli = self.parameters.full_moduli
+        limbs = self.top - TRANSFORM_STAGES
+        out = [limbs]
+        while limbs > self.bottom + TRANSFORM_STAGES:
+            limbs -= 2 if moduli[limbs - 1] < 1 << PAIR_BITS else 1
+            out.append(limbs)
+        return tuple(out)
+
+    @property
+    def cosine_depth(self) -> int:
+        """Levels of the Chebyshev series, before the double angles."""
+        return len(self.levels) - 1 - DOUBLE_ANGLES
+
+    @property
+    def cosine_degree(self) -> int:
+        """Degree of the series; its argument is the square of the first level."""
+        return 2 ** (self.cosine_depth - 1) - 1
+
+    def divisor(self, depth: int) -> int:
+        """Product of the moduli given up between depth - 1 and depth of the modular reduction."""
+        return math.prod(self.parameters.full_moduli[self.levels[depth] : self.levels[depth - 1]])
+
+    @cached_property
+    def cosine_scale(self) -> float:
+        """Scale of the argument of the modular reduction: that of its first level's moduli, so that squares keep it."""
+        return float(self.divisor(1))
+
+    @property
+    def ratio(self) -> float:
+        """q_0 over the scale of a ciphertext at level 0: how much smaller than the modulus the message is."""
+        return self.parameters.moduli[0] / self.parameters.scale_at(0)
+
+
+def overflow_probability(ring_degree: int) -> float:
+    """Bound on the probability that some coefficient leaves OVERFLOW_BOUND: Chernoff, and the union over the coefficients."""
+    terms = EPHEMERAL_WEIGHT + 1
+    t = OVERFLOW_BOUND + 0.5
+    cumulant = min(terms * (math.log(math.sinh(s / 2) / (s / 2))) - s * t for s in (0.05 * i for i in range(1, 400)))
+    return 2 * ring_degree * math.exp(cumulant)

@@ -1,0 +1,105 @@
+"""`bootstrap` behind the contract: the same levels, scales and errors from the native engine and the simulator."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from hf_he.backends import get_backend
+from hf_he.backends.base import HEBackend
+from hf_he.ckks.parameters import CKKSParameters, parameter_set
+from hf_he.errors import BackendUnavailableError, MissingKeyError, ShapeError
+from hf_he.refresh import BootstrapRefresh
+
+pytestmark = pytest.mark.filterwarnings("ignore:CKKS parameters with N")
+
+
+def toy_parameters() -> CKKSParameters:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CKKSParameters.from_bits(11, 50, 40, 3, 50, 4, insecure=True, bootstrap=True)
+
+
+class Party:
+    def __init__(self, name: str):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.backend: HEBackend = get_backend(name, toy_parameters())
+            self.secret = self.backend.generate_secret_key()
+            self.keys = self.backend.generate_evaluation_keys(self.secret, [1], bootstrapping=True)
+        self.generator = np.random.default_rng(3)
+
+    def values(self, *batch: int) -> np.ndarray:
+        return self.generator.uniform(-1, 1, (*batch, self.backend.parameters.slots))
+
+
+@pytest.fixture(scope="module", params=["native", "simulator"])
+def party(request) -> Party:
+    return Party(request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh(party):
+    party.backend.load_evaluation_keys(party.keys)
+    party.backend.log.reset()
+
+
+@pytest.mark.parametrize("level", [0, 1, 3])
+@pytest.mark.parametrize("batch", [(), (2,), (3,), (2, 2)])
+def test_values_come_back_at_the_top(party, level, batch):
+    backend = party.backend
+    values = party.values(*batch)
+    out = backend.bootstrap(backend.encrypt(values, party.secret, level))
+    top = backend.parameters.max_level
+    assert (out.level, out.scale, out.batch_shape) == (top, backend.parameters.scale_at(top), batch)
+    np.testing.assert_allclose(backend.decrypt(out, party.secret), values, atol=2.0**-17)
+
+
+def test_the_result_computes(party):
+    """All levels of a bootstrapped ciphertext can be spent, and the next bootstrap follows."""
+    backend = party.backend
+    values = party.values(2)
+    ct, expected = backend.bootstrap(backend.encrypt(values, party.secret, 0)), values
+    while ct.level:
+        ct, expected = backend.rescale(backend.relinearize(backend.multiply(ct, ct))), expected * expected
+    again = backend.bootstrap(ct)
+    np.testing.assert_allclose(backend.decrypt(again, party.secret), expected, atol=2.0**-13)
+
+
+def test_it_is_logged(party):
+    backend = party.backend
+    with backend.log.measure("refresh"):
+        backend.bootstrap(backend.encrypt(party.values(3), party.secret, 0))
+    assert backend.log.counts["refresh", "bootstrap"] == 3
+    assert any(entry.primitive == "bootstrap" and entry.level == 0 for entry in backend.log.trace)
+
+
+def test_refresh_policy(party):
+    backend = party.backend
+    policy = BootstrapRefresh(backend)
+    values = party.values(2)
+    out = policy.refresh(backend, backend.encrypt(values, party.secret, 0), 2)
+    assert out.level >= 2 and policy.count == 1
+    np.testing.assert_allclose(backend.decrypt(out, party.secret), values, atol=2.0**-17)
+
+
+def test_mistakes(party):
+    backend = party.backend
+    ct = backend.encrypt(party.values(), party.secret, 1)
+    with pytest.raises(ShapeError, match="relinearize"):
+        backend.bootstrap(backend.multiply(ct, ct))
+    backend.load_evaluation_keys(backend.generate_evaluation_keys(party.secret, [1]))
+    with pytest.raises(MissingKeyError, match="bootstrapping=True"):
+        backend.bootstrap(ct)
+
+
+def test_parameters_that_cannot(party):
+    backend = get_backend(party.backend.name, parameter_set("n13"))
+    assert not backend.capabilities()["bootstrap"]
+    secret = backend.generate_secret_key()
+    with pytest.raises(BackendUnavailableError, match="n16-bootstrap"):
+        backend.generate_evaluation_keys(secret, [], bootstrapping=True)
+    with pytest.raises(BackendUnavailableError, match="n16-bootstrap"):
+        backend.bootstrap(backend.encrypt(np.zeros(backend.parameters.slots), secret, 0))
+    with pytest.raises(BackendUnavailableError):
+        BootstrapRefresh(backend)
