@@ -61,7 +61,7 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     noise = random_sequences(tokenizer, 10_000, recipe.max_length, seed=recipe.seed + 1)
     ranges["random tokens"] = _describe(track_ranges(model, [{key: value[i : i + 512] for key, value in noise.items()} for i in range(0, 10_000, 512)]))
     report = {
-        "recipe": recipe.to_dict(),
+        "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "data_dir")},
         "seconds": {stage: json.loads((pipeline.root / stage / "stage.json").read_text(encoding="utf-8"))["seconds"] for stage in STAGES},
         "metric": pipeline.dev.metric,
         "scores": scores,

@@ -101,7 +101,7 @@ class Pipeline:
 
         def work(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._load_base(self.recipe.student)
-            return self._fit(folder, model, tokenizer, self.recipe.softmax_stage, self._rows(tokenizer, 0))
+            return self._fit(folder, model, tokenizer, self.recipe.softmax_stage, self._rows(tokenizer, self.recipe.softmax_stage, 0))
 
         self._stage("softmax", {"settings": asdict(self.recipe.softmax_stage), "checkpoint": self.recipe.student}, work)
 
@@ -118,7 +118,7 @@ class Pipeline:
 
         def work(folder: Path) -> dict[str, Any]:
             model, tokenizer = _load(self.root / "kernel")
-            rows = self._rows(tokenizer, self.recipe.random_rows)
+            rows = self._rows(tokenizer, self.recipe.polynomial_stage, self.recipe.random_rows)
             ranges = track_ranges(model, rows.batches())
             model = calibrated(model, ranges, self.recipe.degrees, self.recipe.margin)
             report = self._fit_ranged(folder, model, tokenizer, self.recipe.polynomial_stage)
@@ -128,7 +128,7 @@ class Pipeline:
         self._stage("polynomial", settings, work)
 
     def _fit_ranged(self, folder: Path, model: nn.Module, tokenizer, stage: Stage) -> dict[str, Any]:
-        rows = self._rows(tokenizer, self.recipe.random_rows)
+        rows = self._rows(tokenizer, stage, self.recipe.random_rows)
         penalty = RangePenalty.for_model(model, rows.batch(slice(0, 512)), self.recipe.targets)
         hidden_teacher = _load(self.root / "softmax")[0] if stage.loss.hidden else None
         return self._fit(folder, model, tokenizer, stage, rows, penalty, hidden_teacher)
@@ -163,6 +163,7 @@ class Pipeline:
             report_to="none",
             remove_unused_columns=False,
             label_names=["labels"],
+            optim="adamw_torch_fused",
             disable_tqdm=self.announce is None,
             seed=self.recipe.seed,
         )
@@ -186,12 +187,13 @@ class Pipeline:
         result = evaluate_model(model, tokenizer, self.dev, max_length=rows.encoded["input_ids"].shape[1])
         return {"dev": _summary(result), "targets": penalty.intervals if penalty else None, "log": trainer.state.log_history}
 
-    def _rows(self, tokenizer, random_rows: int) -> DistillationDataset:
+    def _rows(self, tokenizer, stage: Stage, random_rows: int) -> DistillationDataset:
+        unlabelled = self.unlabelled[: stage.unlabelled_rows]
         return build_dataset(
             tokenizer,
             self.train,
-            self.unlabelled,
-            teacher_logits=load_file(self.root / "soft_labels" / "logits.safetensors")["logits"],
+            unlabelled,
+            teacher_logits=load_file(self.root / "soft_labels" / "logits.safetensors")["logits"][: len(self.train) + len(unlabelled)],
             repeats=self.recipe.label_repeats,
             random_rows=random_rows,
             max_length=self.recipe.max_length,

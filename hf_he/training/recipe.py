@@ -17,7 +17,10 @@ from hf_he.training.range_penalty import Degrees, RangeTargets
 
 @dataclass
 class Stage:
-    """Optimiser settings of one stage: AdamW, linear warm-up over `warmup` of the steps, then linear decay to 0."""
+    """Optimiser settings of one stage: AdamW, linear warm-up over `warmup` of the steps, then linear decay to 0.
+
+    `unlabelled_rows`: how many of the recipe's unlabelled texts this stage uses; all of them for None.
+    """
 
     epochs: float = 3.0
     learning_rate: float = 3e-4
@@ -25,6 +28,7 @@ class Stage:
     weight_decay: float = 0.01
     warmup: float = 0.1
     dropout: float = 0.1
+    unlabelled_rows: int | None = None
     loss: LossWeights = field(default_factory=LossWeights)
 
 
@@ -94,6 +98,8 @@ def _build(kind: type, values: Any, where: str) -> Any:
             value = _build(hint, value, f"{where}: {name}")
         elif hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             value = _number(value, f"{where}: {name}")
+        elif hint == int | None and not (value is None or type(value) is int):
+            raise DataError(f"{where}: {name} must be a whole number or null, got {value!r}.")
         elif hint in (int, float, str) and (not isinstance(value, hint) or isinstance(value, bool)):
             raise DataError(f"{where}: {name} must be {hint.__name__}, got {value!r}.")
         arguments[name] = value

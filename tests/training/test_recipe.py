@@ -34,6 +34,7 @@ def test_nested_values_and_defaults(tmp_path):
         ("learning_rte: 1", "unknown key 'learning_rte'; known: data_dir"),
         ("kernel_stage: {loss: {penality: 1}}", "kernel_stage: loss: unknown key 'penality'"),
         ("kernel_stage: {epochs: many}", "kernel_stage: epochs must be a number, got 'many'"),
+        ("kernel_stage: {unlabelled_rows: half}", "unlabelled_rows must be a whole number or null, got 'half'"),
         ("seed: a", "seed must be int, got 'a'"),
         ("task: imdb", "task 'imdb' is not one of mr"),
         ("unlabelled: wikipedia", "must be imdb or none"),
