@@ -7,8 +7,10 @@ products are summed over babies and input blocks before one rotation per giant G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from hf_he.packing import Packing
 
 GIANT_COST = 1.7
 """Cost of a giant step (its own decomposition) in units of a hoisted baby step."""
+
+KEY_TOLERANCE = 1.1
+"""How much dearer a step count may be for the sake of fewer different rotation keys."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,17 @@ class BlockPlan:
         lowest, highest = -(min(max(self.out_features), c) - 1), min(self.in_features, c) - 1
         return [giant for giant in range(-c, c, babies) if giant + babies > lowest and giant <= highest]
 
-    @property
+    @cached_property
     def babies(self) -> int:
+        """The cheapest count, or one within KEY_TOLERANCE of it nearer to sqrt(2 c), whose steps other maps need as well."""
+
         def cost(babies: int) -> float:
             return self.in_blocks * (babies - 1) + GIANT_COST * self.out_blocks * (len(self.giants_for(babies)) - 1)
 
         candidates = [1 << e for e in range(self.features.bit_length())]
-        return min(candidates, key=lambda babies: (cost(babies), babies))
+        allowed = KEY_TOLERANCE * min(cost(babies) for babies in candidates)
+        balanced = math.log2(2 * self.features) / 2
+        return min((b for b in candidates if cost(b) <= allowed), key=lambda b: (abs(math.log2(b) - balanced), b))
 
     @property
     def giants(self) -> list[int]:
