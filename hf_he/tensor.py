@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import resolve_name
 
 from hf_he import nn as he_nn
 from hf_he.approximation import KernelExponential
@@ -108,7 +109,7 @@ def _hidden(operand: Operand) -> EncryptedTensor:
 
 
 def _unsupported(func: Any, why: str = "") -> UnsupportedEncryptedOperation:
-    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
+    name = resolve_name(func) or getattr(func, "__qualname__", None) or str(func)
     return UnsupportedEncryptedOperation(f"{name} has no encrypted form{why or ': use an HE model (hf_he.models), whose operations all have one'}")
 
 
@@ -247,7 +248,13 @@ def _dropout(input: EncryptedTensor, p: float = 0.5, training: bool = True, inpl
     return input
 
 
-def _same(tensor: EncryptedTensor, *args: Any, **kwargs: Any) -> EncryptedTensor:
+def _same(tensor: EncryptedTensor, **kwargs: Any) -> EncryptedTensor:
+    return tensor
+
+
+def _to(tensor: EncryptedTensor, *args: Any, **kwargs: Any) -> EncryptedTensor:
+    if any(target not in (tensor.dtype, tensor.device, "cpu") for target in (*args, *kwargs.values())):
+        raise _unsupported(torch.Tensor.to, ": it stays float32 on the CPU; load the model in float32")
     return tensor
 
 
@@ -282,6 +289,7 @@ _HANDLERS: dict[Any, Callable] = {
     torch.transpose: _transpose,
     torch.Tensor.__getitem__: _index,
     torch.Tensor.contiguous: _same,
+    torch.Tensor.to: _to,
 }
 
 

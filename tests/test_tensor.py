@@ -113,7 +113,7 @@ def test_bert_tiny_at_secure_parameters(make_lab):
     expected = calibrated(model, embeddings, mask)
     np.testing.assert_allclose(run(lab, model, embeddings, mask), expected.numpy(), atol=1e-5)
     operations = lab.backend.log.operations()
-    assert operations["rotate"] <= 1300 and lab.session.refresh.count <= 16
+    assert operations["rotate"] <= 1100 and lab.session.refresh.count <= 16
     assert set(lab.backend.log.by_op()) == {"linear", "attention", "norm", "activation", "refresh", "other"} - {"other"}
     assert set(lab.backend.rotations_used) == required_rotations(model.config, lab.packing)
 
@@ -149,6 +149,23 @@ def test_all_levels_and_operations_are_in_the_trace(make_lab):
     assert {entry.scope for entry in trace if entry.primitive not in ("encrypt", "decrypt")} == {"linear", "attention", "norm", "activation"}
     wide = [entry for entry in trace if entry.primitive == "rotate" and entry.count >= TOKENS and entry.scope == "attention"]
     assert wide and max(entry.level for entry in wide) <= 2, "whatever is as wide as the tokens runs near the bottom"
+
+
+def test_unmerged_lora_adapters(make_lab):
+    """Stock PEFT layers with plaintext adapters, scaling included."""
+    peft = pytest.importorskip("peft")
+    model = small_model(num_hidden_layers=1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["query", "value"], task_type="SEQ_CLS")).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    inner = adapted.double().base_model.model
+    packing = make_lab().packing
+    embeddings, mask = inputs(inner, packing.sequences, TOKENS)
+    expected = calibrated(inner, embeddings, mask)
+    adapted.float()
+    lab = make_lab(rotations=required_rotations(model.config, packing, lora_rank=2))
+    np.testing.assert_allclose(run(lab, adapted, embeddings, mask), expected.numpy(), atol=1e-4)
 
 
 # ---- layout operations ----
@@ -226,6 +243,7 @@ UNSUPPORTED = {
     "permutation": lambda x: x.transpose(0, 1),
     "odd reshape": lambda x: x.reshape(8, 4, 32),
     "to another dtype": lambda x: x.double(),
+    "to another device": lambda x: x.to("meta"),
     "detach": lambda x: x.detach(),
     "clone": torch.clone,
     "deep copy": copy.deepcopy,
