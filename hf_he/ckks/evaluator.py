@@ -38,8 +38,8 @@ def _flat(x: np.ndarray) -> np.ndarray:
 
 
 def _batch_index(batch: tuple[int, ...], target: tuple[int, ...]) -> np.ndarray:
-    """[prod(target)]: which entry of `batch` each entry of the broadcast shape reads."""
-    return np.ascontiguousarray(np.broadcast_to(np.arange(math.prod(batch)).reshape(batch), target)).reshape(-1)
+    """[prod(target)]: which entry of `batch` each entry of the broadcast shape reads (writable: a read-only array would compile every kernel anew)."""
+    return np.array(np.broadcast_to(np.arange(math.prod(batch)).reshape(batch), target)).reshape(-1)
 
 
 class Evaluator:
