@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -55,10 +56,9 @@ def test_download_asks_pip_for_the_pinned_hash_without_dependencies(pinned, tmp_
 
     def pip(command, **kwargs):
         assert {"download", "--no-deps", "--require-hashes"} <= set(command)
-        pins = open(command[command.index("--requirement") + 1]).read()
-        assert pins == f"example==1.0 --hash=sha256:{package.sha256}\n"
-        with open(f"{command[command.index('--dest') + 1]}/example-1.0.zip", "wb") as file:
-            file.write(content)
+        pins = Path(command[command.index("--requirement") + 1])
+        assert pins.read_text() == f"example==1.0 --hash=sha256:{package.sha256}\n"
+        Path(command[command.index("--dest") + 1], "example-1.0.zip").write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
@@ -78,7 +78,7 @@ def test_failed_download_names_the_package_and_where_to_put_it(pinned, monkeypat
 def test_altered_file_in_the_cache_is_refused(pinned, tmp_path):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "example-1.0.zip").write_bytes(b"something else")
-    with pytest.raises(DataError, match="not the pinned .* Delete the file"):
+    with pytest.raises(DataError, match=r"not the pinned .* Delete the file"):
         fetch_package(pinned[0])
 
 

@@ -88,7 +88,7 @@ def test_values_outside_are_counted_instead_of_raised(model, tokenizer):
 
 
 def test_a_head_of_another_task_is_refused(model, tokenizer):
-    with pytest.raises(DataError, match="has 2 output.*task stsb needs 1"):
+    with pytest.raises(DataError, match=r"has 2 output.*task stsb needs 1"):
         evaluate_model(model, tokenizer, replace(ROWS, task="stsb", labels=(0.5,) * 5))
 
 

@@ -113,6 +113,7 @@ def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str
 
 
 def _print(data: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
     from rich.table import Column, Table
 
     from hf_he.scripts.display import console
@@ -128,10 +129,10 @@ def _print(data: dict[str, Any]) -> None:
     if not data["ranges"]:
         return
     console.print(f"{data['out_of_range']} values outside their fitted intervals", style="bold")
-    ranges = Table(Column("layer", overflow="fold", min_width=24), "quantity", "smallest", "largest", "fitted interval", "outside")
+    ranges = Table(Column("layer", overflow="fold"), "quantity", "smallest", "largest", "interval", "outside", box=SIMPLE)
     for name, entry in data["ranges"].items():
         interval = "-" if entry["interval"] is None else "[{:g}, {:g}]".format(*entry["interval"])
-        numbers = (f"{entry['minimum']:.4g}", f"{entry['maximum']:.4g}", interval, f"{entry['out_of_range']} of {entry['count']:,}")
+        numbers = (f"{entry['minimum']:.4g}", f"{entry['maximum']:.4g}", interval, str(entry["out_of_range"]))
         ranges.add_row(name, entry["statistic"], *numbers, style="bold red" if entry["out_of_range"] else None)
     console.print(ranges)
 

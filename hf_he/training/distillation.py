@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,10 @@ class DistillationDataset(Dataset):
         """Model inputs of some rows, without labels."""
         return {name: tensor[rows] for name, tensor in self.encoded.items()}
 
-    def batches(self, size: int = 256):
-        """Model inputs of all rows, `size` at a time."""
-        return (self.batch(slice(start, start + size)) for start in range(0, len(self), size))
+    def batches(self, rows: int, size: int = 256) -> Iterator[dict[str, torch.Tensor]]:
+        """Model inputs of about `rows` rows at equal distances, `size` at a time."""
+        step = max(1, len(self) // rows)
+        return (self.batch(slice(start, start + size * step, step)) for start in range(0, len(self), size * step))
 
 
 def build_dataset(

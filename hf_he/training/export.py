@@ -20,7 +20,8 @@ from hf_he.training.pipeline import STAGES, Pipeline
 from hf_he.training.range_penalty import track_ranges
 
 SENTENCE_BATCH = 512
-UNSEEN_SENTENCES = 50_000
+CHECKED_SENTENCES = 20_000
+RANDOM_SEQUENCES = 5_000
 
 
 def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
@@ -56,10 +57,11 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     }
     populations = {f"{name} rows": rows.first for name, rows in {"train": pipeline.train, **splits}.items()}
     if pipeline.unlabelled:
-        populations |= {"IMDb sentences (training)": pipeline.unlabelled, "IMDb sentences (unseen)": pipeline.unseen[:UNSEEN_SENTENCES]}
+        populations |= {"IMDb sentences (training)": pipeline.unlabelled[:CHECKED_SENTENCES], "IMDb sentences (unseen)": pipeline.unseen[:CHECKED_SENTENCES]}
     ranges = {name: _ranges(model, tokenizer, texts, recipe.max_length) for name, texts in populations.items()}
-    noise = random_sequences(tokenizer, 10_000, recipe.max_length, seed=recipe.seed + 1)
-    ranges["random tokens"] = _describe(track_ranges(model, [{key: value[i : i + 512] for key, value in noise.items()} for i in range(0, 10_000, 512)]))
+    noise = random_sequences(tokenizer, RANDOM_SEQUENCES, recipe.max_length, seed=recipe.seed + 1)
+    noise_batches = [{key: value[i : i + SENTENCE_BATCH] for key, value in noise.items()} for i in range(0, RANDOM_SEQUENCES, SENTENCE_BATCH)]
+    ranges["random tokens"] = _describe(track_ranges(model, noise_batches), RANDOM_SEQUENCES)
     report = {
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "data_dir")},
         "seconds": {stage: json.loads((pipeline.root / stage / "stage.json").read_text(encoding="utf-8"))["seconds"] for stage in STAGES},
@@ -119,11 +121,12 @@ def _ranges(model, tokenizer, texts: Sequence[str], max_length: int) -> dict[str
             chunk = list(texts[start : start + SENTENCE_BATCH])
             yield dict(tokenizer(chunk, truncation=True, max_length=max_length, padding="max_length", return_tensors="pt"))
 
-    return _describe(track_ranges(model, batches()))
+    return _describe(track_ranges(model, batches()), len(texts))
 
 
-def _describe(ranges: dict[str, LayerRange]) -> dict[str, Any]:
-    return {"out_of_range": sum(entry.out_of_range for entry in ranges.values()), "layers": {name: asdict(entry) for name, entry in ranges.items()}}
+def _describe(ranges: dict[str, LayerRange], rows: int) -> dict[str, Any]:
+    layers = {name: asdict(entry) for name, entry in ranges.items()}
+    return {"rows": rows, "out_of_range": sum(entry.out_of_range for entry in ranges.values()), "layers": layers}
 
 
 def _name_labels(model, task: str) -> None:

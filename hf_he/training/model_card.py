@@ -50,7 +50,7 @@ the difference to it is the price of encryption. The dev half chose between runs
 ## Approximations and ranges
 
 Variance intervals are on LayerNorm's variance + eps, exponent intervals on -|q - k|^2 / (2 sqrt(head_dim)) for every pair of positions, masked
-and padding ones included. Intervals are the ranges seen on all training texts in exact mode, widened by {margin}.
+and padding ones included. Intervals are the ranges seen on {calibration} training rows in exact mode, widened by {margin}.
 
 {approximations}
 
@@ -123,9 +123,10 @@ def model_card(report: dict[str, Any], config: Any, name: str = "he-bert-tiny-mr
             metric=report["metric"],
             max_length=recipe["max_length"],
             margin=f"{recipe['margin']:.0%}",
+            calibration=f"{recipe['calibration_rows']:,}",
             scores=_scores(report),
             approximations=_approximations(report),
-            outside=_table(("inputs", "values outside"), [(key, entry["out_of_range"]) for key, entry in report["ranges"].items()]),
+            outside=_outside(report),
             student=_BASES.get(recipe["student"], (recipe["student"], "a local folder", "see there")),
             teacher=_BASES.get(recipe["teacher"], (recipe["teacher"], "a local folder", "see there")),
             data=_data(recipe),
@@ -163,6 +164,11 @@ def _approximations(report: dict[str, Any]) -> str:
         smallest, largest = min(layer["minimum"] for layer in seen), max(layer["maximum"] for layer in seen)
         rows.append((f"`{name}`", form, f"[{low:g}, {high:g}]", f"[{smallest:.3g}, {largest:.3g}]"))
     return _table(("layer", "polynomial", "fitted interval", "seen on all inputs below"), rows)
+
+
+def _outside(report: dict[str, Any]) -> str:
+    rows = [(inputs, f"{entry['rows']:,}", entry["out_of_range"]) for inputs, entry in report["ranges"].items()]
+    return _table(("inputs", "rows", "values outside"), rows)
 
 
 def _data(recipe: dict[str, Any]) -> str:

@@ -114,17 +114,21 @@ class Pipeline:
         self._stage("kernel", {"settings": asdict(self.recipe.kernel_stage), "targets": asdict(self.recipe.targets)}, work)
 
     def polynomial(self) -> None:
-        """Calibrate on every training text, swap the polynomials in and train on."""
+        """Calibrate on training rows of every kind, swap the polynomials in and train on."""
 
         def work(folder: Path) -> dict[str, Any]:
             model, tokenizer = _load(self.root / "kernel")
             rows = self._rows(tokenizer, self.recipe.polynomial_stage, self.recipe.random_rows)
-            ranges = track_ranges(model, rows.batches())
+            ranges = track_ranges(model, rows.batches(self.recipe.calibration_rows))
             model = calibrated(model, ranges, self.recipe.degrees, self.recipe.margin)
             report = self._fit_ranged(folder, model, tokenizer, self.recipe.polynomial_stage)
             return report | {"calibration": {name: asdict(entry) for name, entry in ranges.items()}}
 
-        settings = {"settings": asdict(self.recipe.polynomial_stage), "degrees": asdict(self.recipe.degrees), "margin": self.recipe.margin}
+        settings = {
+            "settings": asdict(self.recipe.polynomial_stage),
+            "degrees": asdict(self.recipe.degrees),
+            "calibration": [self.recipe.calibration_rows, self.recipe.margin],
+        }
         self._stage("polynomial", settings, work)
 
     def _fit_ranged(self, folder: Path, model: nn.Module, tokenizer, stage: Stage) -> dict[str, Any]:

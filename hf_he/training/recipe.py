@@ -39,7 +39,7 @@ class Recipe:
     `teacher`, `student`: a pinned checkpoint name of hf_he.data or a folder. `teacher_dtype`: precision of the soft labels' forward passes
     (bfloat16 is three times as fast on CPUs that have it, and moves logits by less than 0.1). `unlabelled`: "imdb" or "none", `unlabelled_rows` of it.
     `label_repeats`: how often a labelled row appears per epoch of the distillation stages. `random_rows`: random token sequences for the
-    range penalty. `margin`: widening of the calibrated ranges.
+    range penalty. `calibration_rows`: how many training rows fix the intervals (`export` then checks them on all). `margin`: widening of the calibrated ranges.
     """
 
     task: str = "mr"
@@ -55,6 +55,7 @@ class Recipe:
     unlabelled_rows: int = 150_000
     label_repeats: int = 3
     random_rows: int = 4_000
+    calibration_rows: int = 20_000
     margin: float = 0.25
     targets: RangeTargets = field(default_factory=RangeTargets)
     degrees: Degrees = field(default_factory=Degrees)

@@ -30,7 +30,7 @@ def primes(bits, degree, count, taken):
         candidate -= 2 * degree
         if candidate not in taken and is_prime(candidate):
             found.append(candidate)
-    return [*found]
+    return found
 
 
 def open_library(log2_degree, limbs, threads, names, shape):
@@ -40,9 +40,7 @@ def open_library(log2_degree, limbs, threads, names, shape):
     scaling = primes(40, degree, limbs - 1, ())
     first = primes(50, degree, 1, ())
     special = primes(bits, degree, count, first)
-    config = fhelium.CkksConfig(
-        default_scale=2.0**40, q_depth_groups=tuple((q,) for q in (*scaling, *first)), p_moduli=tuple(special), logN=log2_degree
-    )
+    config = fhelium.CkksConfig(default_scale=2.0**40, q_depth_groups=tuple((q,) for q in (*scaling, *first)), p_moduli=tuple(special), logN=log2_degree)
     engine = Engine(config)
     values = np.random.default_rng(0).uniform(-1, 1, (2, degree // 2))
 
@@ -79,7 +77,12 @@ def open_library(log2_degree, limbs, threads, names, shape):
         "secure": True,
         "key_switching": f"{engine.key_digit_count} digits, {count} special moduli of {bits} bits",
     }
-    return described, operations, {"ntt": "measured inside operations only", "linear_combination": "no such call"}
+    unsupported = {
+        "ntt": "timed inside operations only",
+        "linear_combination": "no such call",
+        "linear_weighted_sum": "its fused sums take encoded plaintexts, 1 MB per weight",
+    }
+    return described, operations, unsupported
 
 
 def linear(engine, encrypt, error, values, inputs, outputs):

@@ -92,7 +92,7 @@ def linear(context, encrypt, error, values, inputs, outputs):
 
     def per_weight():
         total = context.EvalMult(rows[0], weights[0])
-        for row, weight in zip(rows[1:], weights[1:]):
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
             context.EvalAddInPlace(total, context.EvalMult(row, weight))
         return total
 

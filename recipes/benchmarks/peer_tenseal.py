@@ -1,10 +1,12 @@
 """TenSEAL (Apache 2.0) through `tenseal.sealapi`, the SEAL calls under its vectors: those have no rotation. SEAL runs on one thread."""
 
+from importlib.metadata import version
+
 import numpy as np
 import tenseal.sealapi as seal
-from tenseal import __version__ as VERSION
 from worker import Operation
 
+VERSION = version("tenseal")
 SPECIAL_BITS = {14: 49, 15: 50, 16: 50}
 HOISTED = "SEAL does not hoist: eight rotations one after another"
 

@@ -31,7 +31,7 @@ def test_nested_values_and_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rte: 1", "unknown key 'learning_rte'; known: data_dir"),
+        ("learning_rte: 1", "unknown key 'learning_rte'; known: calibration_rows, data_dir"),
         ("kernel_stage: {loss: {penality: 1}}", "kernel_stage: loss: unknown key 'penality'"),
         ("kernel_stage: {epochs: many}", "kernel_stage: epochs must be a number, got 'many'"),
         ("kernel_stage: {unlabelled_rows: half}", "unlabelled_rows must be a whole number or null, got 'half'"),
