@@ -126,6 +126,7 @@ def _from_file(name: str):
 
 for _name in ("train", "convert", "evaluate"):
     app.command(_name)(getattr(_from_file(_name), _name))
+app.add_typer(_from_file("bench").app, name="bench")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from hf_he import errors
 from hf_he.ckks.parameters import PARAMETER_SETS
 from hf_he.cli import app, main
 
-COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "env", "train", "convert", "evaluate")
+COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "env", "train", "convert", "evaluate", "bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,129 @@
+"""`hf-he bench`: the native engine beside its peers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP = "Measure the native engine and the peers whose environments exist (recipes/benchmarks/setup_peers.sh makes them)."
+
+app = typer.Typer(help=HELP, no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead of tables.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The smallest set and few runs: whether everything works, in about a minute.")]
+Peers = Annotated[Path, typer.Option(help="Folder with one environment per peer.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of every library that has them.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns that every library gets.")]
+Only = Annotated[str | None, typer.Option(help="Libraries to measure, separated by commas; default: all.")]
+
+DEFAULT_PEERS = Path(".bench")
+
+
+@app.command()
+def primitives(
+    json_output: Json = False, quick: Quick = False, peers: Peers = DEFAULT_PEERS, threads: Threads = 2, rounds: Rounds = 7, only: Only = None
+) -> None:
+    """Rotation, hoisted rotations, multiplication, transform and, where supported, bootstrapping."""
+    _show(_run(("primitives",), quick, peers, threads, rounds, only), json_output)
+
+
+@app.command()
+def linear(json_output: Json = False, quick: Quick = False, peers: Peers = DEFAULT_PEERS, threads: Threads = 2, rounds: Rounds = 5, only: Only = None) -> None:
+    """Linear layers: one modular matrix product, and products weight by weight."""
+    _show(_run(("linear",), quick, peers, threads, rounds, only), json_output)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, primitives.png and, if it has the markers, README.md.")] = Path("recipes/benchmarks"),
+    quick: Quick = False,
+    peers: Peers = DEFAULT_PEERS,
+    threads: Threads = 2,
+    rounds: Rounds = 7,
+    only: Only = None,
+) -> None:
+    """Measure everything and write the report."""
+    from hf_he.bench.report import BEGIN, insert, markdown, plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    data = _run(("primitives", "linear"), quick, peers, threads, rounds, only)
+    (out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    plot(data, out / "primitives.png")
+    document = out / "README.md"
+    if document.is_file() and BEGIN in (text := document.read_text(encoding="utf-8")):
+        document.write_text(insert(text, markdown(data)), encoding="utf-8")
+    _show(data, False)
+
+
+def _run(parts: tuple[str, ...], quick: bool, peers: Path, threads: int, rounds: int, only: str | None) -> dict[str, Any]:
+    from hf_he.bench import machine
+    from hf_he.bench.runner import NATIVE, PEERS, Measurements, Turns, find_libraries
+    from hf_he.errors import DataError
+    from hf_he.scripts.display import progress_bar
+
+    libraries = find_libraries(peers)
+    if only is not None:
+        wanted = set(re.split(r"[,\s]+", only.strip()))
+        if unknown := wanted - {NATIVE, *PEERS}:
+            raise DataError(f"--only does not know {', '.join(sorted(unknown))}: choose from {', '.join((NATIVE, *PEERS))}")
+        libraries = [library for library in libraries if library.name in wanted]
+    turns = Turns(rounds=1, runs=2, seconds=0.5, threads=threads) if quick else Turns(rounds=rounds, threads=threads)
+    found, began, description = Measurements(), machine.load_average(), machine.describe()
+    with progress_bar("Measuring (the first run also compiles kernels)") as progress:
+
+        def announce(text: str) -> None:
+            progress.update(progress.task_ids[0], note=text)
+
+        for part in parts:
+            _PARTS[part](libraries, quick, turns, found, announce)
+    return {"machine": description, "threads": threads, "load": [began, machine.load_average()], "rows": found.rows, "absent": found.absent}
+
+
+def _primitives(libraries: list, quick: bool, turns: Any, found: Any, announce: Callable[[str], None]) -> None:
+    from hf_he.bench.operations import BOOTSTRAP, BOOTSTRAP_SET, PARAMETER_SETS, PRIMITIVES
+    from hf_he.bench.runner import Turns, measure
+
+    for instance in PARAMETER_SETS[:1] if quick else PARAMETER_SETS:
+        measure(libraries, instance, PRIMITIVES, turns, found, announce)
+    if not quick:
+        measure(libraries, BOOTSTRAP_SET, (BOOTSTRAP,), Turns(rounds=2, runs=1, seconds=1.0, threads=turns.threads), found, announce)
+
+
+def _linear(libraries: list, quick: bool, turns: Any, found: Any, announce: Callable[[str], None]) -> None:
+    from hf_he.bench.operations import COMBINATION, LINEAR, LINEAR_SET, LINEAR_SQUARE, QUICK_LINEAR, QUICK_SQUARE
+    from hf_he.bench.runner import NATIVE, measure
+
+    measure(libraries, QUICK_LINEAR if quick else LINEAR_SET, LINEAR, turns, found, announce)
+    engine = [library for library in libraries if library.name == NATIVE]
+    measure(engine, QUICK_SQUARE if quick else LINEAR_SQUARE, (COMBINATION,), turns, found, announce)
+
+
+_PARTS = {"primitives": _primitives, "linear": _linear}
+
+
+def _show(data: dict[str, Any], json_output: bool) -> None:
+    from rich.table import Table
+
+    from hf_he.bench.report import NAMES, long_table
+    from hf_he.scripts.display import console, print_json, say
+
+    if json_output:
+        print_json(data["rows"])
+    else:
+        header, lines = long_table(data["rows"])
+        load = f"load average {data['load'][0]} before, {data['load'][1]} after"
+        table = Table(title=f"Medians, {data['threads']} threads, {data['machine']['cpu']}, {load}")
+        for name in header:
+            table.add_column(name, justify="left" if name in header[:3] else "right")
+        for line in lines:
+            if line[0] and table.row_count:
+                table.add_section()
+            table.add_row(*line)
+        console.print(table)
+    for entry in data["absent"]:
+        say(f"not measured: {NAMES[entry['library']]}, {entry['what']}: {entry['reason']}")
