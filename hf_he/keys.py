@@ -1,13 +1,13 @@
 """Key files: what the client keeps, and what it gives to a server.
 
-A key folder holds `secret.key` (mode 0600), `public.key` and `evaluation.keys`. Only the last goes to a server.
+A key folder holds `secret.key` (mode 0600), `public.key`, `evaluation.keys` and possibly a folder `bootstrapping`. Only the last two go to a server.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, Par
 from hf_he.serialization import peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
+BOOTSTRAPPING_FOLDER = "bootstrapping"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class ServerKeys:
         return get_backend(self.backend, self.parameters).serialize(self.evaluation)
 
     @classmethod
-    def load(cls, source: str | Path | bytes | ServerKeys, what: str = "a server") -> ServerKeys:
-        """Read an evaluation-key file (or its bytes). Raises SecretKeyOnServerError for a secret key, whatever its file is called."""
+    def load(cls, source: str | Path | bytes | ServerKeys, what: str = "a server", bootstrapping: bool = False) -> ServerKeys:
+        """Read an evaluation-key file (or its bytes), with `bootstrapping` also the folder next to the file.
+
+        Raises SecretKeyOnServerError for a secret key, whatever its file is called, CorruptFileError for missing or damaged files.
+        """
         if isinstance(source, ServerKeys):
             return source
         if isinstance(source, SecretKeyBase | Keys):
@@ -48,7 +52,10 @@ class ServerKeys:
         if kind == "secret_key":
             raise SecretKeyOnServerError(f"{what} was handed a secret-key file: give it {EVALUATION_FILE} instead, and keep {SECRET_FILE} with the client")
         backend = get_backend(name, parameters)
-        return cls(name, parameters, backend.deserialize(data, "evaluation_keys"))
+        evaluation = backend.deserialize(data, "evaluation_keys")
+        if bootstrapping and not isinstance(source, bytes) and backend.capabilities()["bootstrap"]:
+            evaluation = backend.load_bootstrapping_keys(evaluation, Path(source).parent / BOOTSTRAPPING_FOLDER)
+        return cls(name, parameters, evaluation)
 
 
 @dataclass(frozen=True)
@@ -92,14 +99,18 @@ class Keys:
         """Write the key files; returns their sizes in bytes. The folder is created with mode 0700 and the secret key with 0600."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sizes: dict[str, int] = {}
         files = {PUBLIC_FILE: self.backend.serialize(self.public)}
         if self.evaluation is not None:
-            files[EVALUATION_FILE] = self.backend.serialize(self.evaluation.evaluation)
+            evaluation = self.evaluation.evaluation
+            if evaluation.bootstrapping is not None:
+                sizes[BOOTSTRAPPING_FOLDER] = self.backend.save_bootstrapping_keys(evaluation, folder / BOOTSTRAPPING_FOLDER)
+            files[EVALUATION_FILE] = self.backend.serialize(replace(evaluation, bootstrapping=None))
         secret = self.backend.serialize(self.secret, allow_secret=True)
         write_file(folder / SECRET_FILE, secret, secret=True)
         for name, data in files.items():
             write_file(folder / name, data)
-        return {SECRET_FILE: len(secret)} | {name: len(data) for name, data in files.items()}
+        return {SECRET_FILE: len(secret)} | {name: len(data) for name, data in files.items()} | sizes
 
     @classmethod
     def load(cls, folder: str | Path, with_evaluation: bool = False) -> Keys:

@@ -47,7 +47,7 @@ class Server:
     """
 
     def __init__(self, model: str | Path, evaluation_keys: str | Path | bytes | ServerKeys, *, refresh: str = "client") -> None:
-        keys = ServerKeys.load(evaluation_keys, "the server")
+        keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if refresh not in REFRESH_POLICIES:
             raise ParameterError(f"unknown refresh policy {refresh!r}: choose one of {', '.join(REFRESH_POLICIES)}")
         self.backend = get_backend(keys.backend, keys.parameters)

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -395,11 +396,19 @@ class HEBackend(ABC):
     # ---- bytes: the container of hf_he.serialization; loaders raise CorruptFileError, ParameterError or WrongKeyError ----
     @abstractmethod
     def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
-        """Bytes of a Ciphertext, EvaluationKeys, public key, or (with allow_secret=True) a secret key."""
+        """Bytes of a Ciphertext, EvaluationKeys without their bootstrapping half, public key, or (with allow_secret=True) a secret key."""
 
     @abstractmethod
     def deserialize(self, data: bytes, kind: str) -> Any:
         """The inverse; kind in {"ciphertext", "evaluation_keys", "public_key", "secret_key"} must match what the bytes hold."""
+
+    @abstractmethod
+    def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
+        """Write the bootstrapping half of `keys`, which `serialize` refuses, into a folder; returns the bytes written."""
+
+    @abstractmethod
+    def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
+        """`keys` completed by what save_bootstrapping_keys wrote. Raises CorruptFileError, ParameterError or WrongKeyError."""
 
     # ---- what an adapter implements: payloads in, payloads out, operands already checked ----
     @abstractmethod

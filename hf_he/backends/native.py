@@ -112,11 +112,9 @@ class NativeBackend(HEBackend):
         raise ParameterError(f"the native backend cannot serialise a {type(item).__name__}")
 
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
-        """Write the bootstrapping half of `keys` into a folder, one file after another; returns the bytes written."""
         return bootstrapping_files.save(keys.bootstrapping, BootstrapPlan(self.parameters), keys.key_id, folder)
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
-        """`keys` completed by a folder that save_bootstrapping_keys wrote. Raises CorruptFileError, ParameterError, or WrongKeyError."""
         extra, key_id = bootstrapping_files.load(BootstrapPlan(self.parameters), folder)
         if key_id != keys.key_id:
             raise WrongKeyError(f"the bootstrapping keys belong to key {key_id}, the evaluation keys to {keys.key_id}: use one key folder")

@@ -18,7 +18,8 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ import numpy as np
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
-from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError
-from hf_he.serialization import pack, unpack
+from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError, WrongKeyError
+from hf_he.serialization import pack, read_file, unpack, write_file
 
 TERNARY_VARIANCE = 2.0 / 3.0
 ROUNDING_VARIANCE = 1.0 / 12.0
@@ -94,7 +95,7 @@ class SimulatorBackend(HEBackend):
         steps = frozenset(int(s) % self.parameters.slots for s in rotations) - {0}
         if progress is not None:
             progress(len(steps), len(steps))
-        return EvaluationKeys(None, secret_key.key_id, steps, conjugation, True if bootstrapping else None)
+        return EvaluationKeys(None, secret_key.key_id, steps, conjugation, secret_key.key_id if bootstrapping else None)
 
     # ---- bytes ----
     def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
@@ -105,8 +106,9 @@ class SimulatorBackend(HEBackend):
             return pack("ciphertext", {"values": item.payload.values, "noise": item.payload.noise}, metadata)
         if isinstance(item, EvaluationKeys):
             steps = np.array(sorted(item.rotations), dtype=np.int64)
-            metadata |= {"conjugation": str(int(item.conjugation)), "bootstrapping": str(int(item.bootstrapping is not None))}
-            return pack("evaluation_keys", {"rotations": steps}, metadata)
+            if item.bootstrapping is not None:
+                raise ParameterError("write bootstrapping keys with save_bootstrapping_keys into a folder, and the others without them")
+            return pack("evaluation_keys", {"rotations": steps}, {**metadata, "conjugation": str(int(item.conjugation))})
         if isinstance(item, SimulatorPublicKey):
             return pack("public_key", {}, metadata)
         if isinstance(item, SecretKeyBase):
@@ -126,6 +128,19 @@ class SimulatorBackend(HEBackend):
         except (KeyError, ValueError, AttributeError) as error:
             raise CorruptFileError(f"this {kind} file misses or garbles a field ({error}): write it again with this version") from None
 
+    def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
+        data = pack("bootstrapping_keys", {}, {"backend": self.name, "fingerprint": self.parameters.fingerprint, "key_id": keys.bootstrapping})
+        write_file(Path(folder) / "simulated.keys", data)
+        return len(data)
+
+    def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
+        _, metadata = unpack(read_file(Path(folder) / "simulated.keys", "bootstrapping-key"), "bootstrapping_keys")
+        if metadata.get("fingerprint") != self.parameters.fingerprint:
+            raise ParameterError("the bootstrapping keys were made for other CKKS parameters: make them again with `hf-he keygen --bootstrapping`")
+        if metadata.get("key_id") != keys.key_id:
+            raise WrongKeyError(f"the bootstrapping keys do not belong to key {keys.key_id}: use one key folder")
+        return replace(keys, bootstrapping=keys.key_id)
+
     def _read(self, kind: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Any:
         key_id = metadata["key_id"]
         if kind == "secret_key":
@@ -133,8 +148,7 @@ class SimulatorBackend(HEBackend):
         if kind == "public_key":
             return SimulatorPublicKey(key_id, self.parameters.fingerprint)
         if kind == "evaluation_keys":
-            steps, bootstrapping = frozenset(int(s) for s in arrays["rotations"]), True if metadata["bootstrapping"] == "1" else None
-            return EvaluationKeys(None, key_id, steps, metadata["conjugation"] == "1", bootstrapping)
+            return EvaluationKeys(None, key_id, frozenset(int(s) for s in arrays["rotations"]), metadata["conjugation"] == "1")
         values, noise = arrays["values"].astype(np.float64), arrays["noise"].astype(np.float64)
         level, scale, components = int(metadata["level"]), float.fromhex(metadata["scale"]), int(metadata["components"])
         if values.ndim < 1 or values.shape[-1] != self.parameters.slots or noise.shape != values.shape[:-1] or components not in (2, 3):

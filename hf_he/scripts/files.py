@@ -20,7 +20,7 @@ from hf_he.checkpoints import default_model
 from hf_he.ckks.parameters import parameter_set
 from hf_he.client import Client
 from hf_he.errors import CorruptFileError, DataError, HEError
-from hf_he.keys import EVALUATION_FILE
+from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_server
 from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, error_to_json
 from hf_he.remote import connect
@@ -37,6 +37,7 @@ from hf_he.scripts.display import (
     say,
     server_progress,
 )
+from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import read_file, write_file
 
 
@@ -44,6 +45,7 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str, bootstr
     """Write secret.key, public.key and evaluation.keys into `out`."""
     parameter_set(parameters)
     client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
+    prepare_kernels(client.backend)
     start = time.perf_counter()
     with progress_bar("Generating keys") as progress:
         keys = client.keygen(count_progress(progress), bootstrapping=bootstrapping)
@@ -51,7 +53,8 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str, bootstr
     seconds, bits = time.perf_counter() - start, keys.backend.parameters.security_bits
     console.print(f"key {keys.key_id} for the {keys.backend.name} backend, {bits}-bit security, {seconds:.1f} s")
     for name, size in sizes.items():
-        note = "keep it private" if name == "secret.key" else "give it to the server" if name == EVALUATION_FILE else "anyone may encrypt with it"
+        for_server = name in (EVALUATION_FILE, BOOTSTRAPPING_FOLDER)
+        note = "give it to the server" if for_server else "keep it private" if name == SECRET_FILE else "anyone may encrypt with it"
         console.print(f"  {out / name}  {size / 1e6:.2f} MB  ({note})")
 
 
@@ -81,7 +84,7 @@ def infer(encrypted: Path, model: Path | None, keys: Path, out: Path | None, ser
             remote = stack.enter_context(local_server(client.directory, keys / EVALUATION_FILE, refresh))
         else:
             remote = stack.enter_context(connect(server))
-        progress = stack.enter_context(progress_bar("Running the model on ciphertexts (the first run also compiles kernels)"))
+        progress = stack.enter_context(progress_bar("Running the model on ciphertexts"))
         result = client.run(remote, batch, data, server_progress(progress))
     target = out or encrypted.with_suffix(".result")
     write_file(target, result.to_bytes())
@@ -121,7 +124,7 @@ def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str,
             console.print(f"serving {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
 
     try:
-        keys = ServerKeys.load(evaluation_keys, "the server")
+        keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if backend != "auto" and backend_class(backend).name != keys.backend:
             raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
         server = Server(model or default_model(), keys, refresh=refresh)

@@ -1,5 +1,6 @@
 """`bootstrap` behind the contract: the same levels, scales and errors from the native engine and the simulator."""
 
+import shutil
 import warnings
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from hf_he.backends import get_backend
 from hf_he.backends.base import HEBackend
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
-from hf_he.errors import BackendUnavailableError, MissingKeyError, ShapeError
+from hf_he.errors import BackendUnavailableError, CorruptFileError, MissingKeyError, ShapeError, WrongKeyError
+from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, Keys, ServerKeys
 from hf_he.refresh import BootstrapRefresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:CKKS parameters with N")
@@ -103,3 +105,20 @@ def test_parameters_that_cannot(party):
         backend.bootstrap(backend.encrypt(np.zeros(backend.parameters.slots), secret, 0))
     with pytest.raises(BackendUnavailableError):
         BootstrapRefresh(backend)
+
+
+def test_key_folder(tmp_path):
+    """Bootstrapping keys are a folder next to the evaluation keys; a server reads it when it is to bootstrap."""
+    backend = get_backend("simulator", parameter_set("n16-bootstrap"))
+    keys = Keys.generate(backend, {1}, bootstrapping=True)
+    sizes = keys.save(tmp_path)
+    assert sizes[BOOTSTRAPPING_FOLDER] > 0
+    assert ServerKeys.load(tmp_path / EVALUATION_FILE).evaluation.bootstrapping is None
+    assert ServerKeys.load(tmp_path / EVALUATION_FILE, bootstrapping=True).evaluation.bootstrapping is not None
+    other = Keys.generate(backend, {1})
+    other.save(tmp_path)
+    with pytest.raises(WrongKeyError):
+        ServerKeys.load(tmp_path / EVALUATION_FILE, bootstrapping=True)
+    shutil.rmtree(tmp_path / BOOTSTRAPPING_FOLDER)
+    with pytest.raises(CorruptFileError):
+        ServerKeys.load(tmp_path / EVALUATION_FILE, bootstrapping=True)

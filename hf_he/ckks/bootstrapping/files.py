@@ -63,7 +63,7 @@ def load(plan: BootstrapPlan, folder: str | Path) -> tuple[BootstrappingKeys, st
             keys.fill(i, b, a)
         groups.append(keys)
     if len(ids) != 1:
-        raise CorruptFileError(f"{folder} mixes the bootstrapping keys of several secret keys: make them again with `hf-he keygen`")
+        raise CorruptFileError(f"{folder} mixes the bootstrapping keys of several secret keys: make them again with `hf-he keygen --bootstrapping`")
     return BootstrappingKeys(*groups, plan.parameters.fingerprint), ids.pop()
 
 
@@ -72,14 +72,14 @@ def _read(path: Path, group: str, i: int, context: Context, fingerprint: str, ke
     try:
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise CorruptFileError(f"{path.name} cannot be read ({error}): make the bootstrapping keys again with `hf-he keygen`") from None
+        raise CorruptFileError(f"{path.name} cannot be read ({error}): make the bootstrapping keys again with `hf-he keygen --bootstrapping`") from None
     arrays, metadata = unpack(memoryview(data), KIND)
     if metadata.get("fingerprint") != fingerprint:
-        raise ParameterError(f"{path.name} was made for other CKKS parameters: make the bootstrapping keys again with `hf-he keygen`")
+        raise ParameterError(f"{path.name} was made for other CKKS parameters: make the bootstrapping keys again with `hf-he keygen --bootstrapping`")
     shapes = {f"residues.{k}": (context.dnum, context.ring_degree, _width(q)) for k, q in enumerate(context.chain)} | {"seed": (SEED_BYTES,)}
     shaped = {key: array.shape for key, array in arrays.items()} == shapes and all(array.dtype == np.uint8 for array in arrays.values())
     if not shaped or metadata.get("group") != group or metadata.get("index") != str(i) or "key_id" not in metadata:
-        raise CorruptFileError(f"{path.name} does not hold the key its name says: make the bootstrapping keys again with `hf-he keygen`")
+        raise CorruptFileError(f"{path.name} does not hold the key its name says: make the bootstrapping keys again with `hf-he keygen --bootstrapping`")
     for k, q in enumerate(context.chain):
         b[:, k] = unpack_residues(arrays[f"residues.{k}"], q)
     keys.seeds[i] = arrays["seed"]
