@@ -116,8 +116,8 @@ def print_measurements(data: dict[str, Any]) -> None:
     facts = Table(show_header=False, title="Run")
     facts.add_column()
     facts.add_column()
-    for name in ("keygen", "encrypt", "server_start", "server", "decrypt", "total"):
-        if seconds.get(name) is not None:
+    for name in ("compile", "keygen", "encrypt", "server_start", "server", "decrypt", "total"):
+        if seconds.get(name):
             facts.add_row(f"{name.replace('_', ' ')} time", f"{seconds[name]:.2f} s")
     for name, size in data["bytes"].items():
         if size is not None:
