@@ -26,6 +26,7 @@ import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase, new_key_id
+from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError, WrongKeyError
 from hf_he.serialization import pack, read_file, unpack, write_file
@@ -283,11 +284,12 @@ class SimulatorBackend(HEBackend):
 
     # ---- refresh ----
     def _bootstrap(self, a: Ciphertext) -> Slots:
-        """The systematic error is that of the sine, (2 pi m)^2 / 6 relative for coefficients m / q_0 of the message; the noise is the measured one."""
+        """The sine in place of the reduction modulo q_0, coefficient by coefficient, and the measured noise."""
         p = self.parameters
-        scale = p.scale_at(p.max_level)
-        noise = BOOTSTRAP_NOISE * p.ring_degree**1.5 * p.moduli[0] / p.scale_at(0) * scale
-        return self._noisy(a.payload.values * (scale / a.scale), a.payload.noise * (scale / a.scale), noise, p.max_level)
+        modulus, scale = p.moduli[0], p.scale_at(p.max_level)
+        reduced = np.sin(2 * np.pi / modulus * to_coefficients(a.payload.values, 1.0)) * (modulus / (2 * np.pi))
+        noise = BOOTSTRAP_NOISE * p.ring_degree**1.5 * modulus / p.scale_at(0) * scale
+        return self._noisy(to_values(reduced, 1.0) * (scale / a.scale), a.payload.noise * (scale / a.scale), noise, p.max_level)
 
     # ---- batch structure ----
     def _take(self, a: Ciphertext, index: int | slice) -> Slots:

@@ -246,11 +246,12 @@ class Evaluator:
         return out.reshape(*a.shape[:-2], limbs - 1, n)
 
     # ---- key switching ----
-    def _switch(self, a: np.ndarray, source: int, addends: int, keys: SwitchingKeys, elements: Sequence[int]) -> np.ndarray:
-        """[len(elements), B, 2, L, N]; element 1 stands for relinearisation."""
+    def _switch(self, a: np.ndarray, source: int, addends: int, keys: SwitchingKeys, elements: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """[len(elements), B, 2, L, N], into `out` if given; element 1 stands for relinearisation."""
         context = self.context
         flat = _flat(a)
-        out = empty(len(elements), flat.shape[0], 2, *flat.shape[2:])
+        if out is None:
+            out = empty(len(elements), flat.shape[0], 2, *flat.shape[2:])
         index = np.array([keys.index[g] if g != 1 else 0 for g in elements])
         if elements[0] == 1:
             permutations = np.empty((1, 0), dtype=np.int32)
@@ -281,7 +282,10 @@ class Evaluator:
         out = empty(len(steps), *a.shape)
         for i in set(range(len(steps))) - set(moving):
             out[i] = a
-        if moving:
+        if moving == list(range(1, len(steps))):
+            elements = [self.context.galois_element(s) for s in steps[1:]]
+            self._switch(a, 1, 1, keys, elements, out[1:].reshape(len(moving), -1, *a.shape[-3:]))
+        elif moving:
             out[moving] = self.rotate(a, keys, [steps[i] for i in moving])
         return out
 

@@ -68,6 +68,16 @@ def test_the_result_computes(party):
     np.testing.assert_allclose(backend.decrypt(again, party.secret), expected, atol=2.0**-13)
 
 
+def test_values_out_of_range_suffer_the_sine(party):
+    """A constant vector has all of its message in one coefficient, the worst case: x becomes sin(a x) / a with a = 2 pi scale / q_0."""
+    backend = party.backend
+    values = np.array([[1.0], [4.0], [100.0]]).repeat(backend.parameters.slots, axis=1)
+    factor = 2 * np.pi * backend.parameters.scale_at(0) / backend.parameters.moduli[0]
+    for row in values:
+        out = backend.bootstrap(backend.encrypt(row, party.secret, 0))
+        np.testing.assert_allclose(backend.decrypt(out, party.secret), np.sin(factor * row) / factor, atol=2.0**-12)
+
+
 def test_it_is_logged(party):
     backend = party.backend
     with backend.log.measure("refresh"):
