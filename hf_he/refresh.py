@@ -52,11 +52,17 @@ class ClientRefresh:
 
 
 class BootstrapRefresh:
-    """Bootstrapping on the server, without the client. Raises BackendUnavailableError for a backend that cannot."""
+    """Bootstrapping on the server, without the client: no round trips, a larger ring, an error of about 1e-4 per refresh.
+
+    Values may be larger than 1 as long as the polynomial's coefficients stay well below q_0 / scale (hidden states do: their features
+    differ in sign). Raises BackendUnavailableError for a backend or parameters that cannot bootstrap.
+    """
 
     def __init__(self, backend: HEBackend) -> None:
         if not backend.capabilities()["bootstrap"]:
-            raise BackendUnavailableError(f"the {backend.name} engine does not bootstrap yet: use --refresh client")
+            raise BackendUnavailableError(
+                f"the {backend.name} backend does not bootstrap with these parameters: use the parameter set n16-bootstrap, or --refresh client"
+            )
         self.count = 0
 
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:

@@ -15,12 +15,12 @@ from hf_he.refresh import ClientRefresh
 class Lab:
     """Client and server in one: a backend with keys for `rotations`, a packing of 16 features x 8 tokens, a client that refreshes."""
 
-    def __init__(self, rotations=None, features=16, tokens=8, log2_degree=11, levels=7, backend="simulator"):
+    def __init__(self, rotations=None, features=16, tokens=8, log2_degree=11, levels=7, backend="simulator", parameters=None):
         from hf_he.tensor import EncryptedSession
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parameters = CKKSParameters.from_bits(log2_degree, first_bits=50, scale_bits=40, levels=levels, special_bits=50, special_count=2, insecure=True)
+            parameters = parameters or CKKSParameters.from_bits(log2_degree, 50, 40, levels, special_bits=50, special_count=2, insecure=True)
         self.backend = get_backend(backend, parameters)
         self.secret = self.backend.generate_secret_key()
         steps = range(1, parameters.slots) if rotations is None else rotations

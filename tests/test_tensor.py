@@ -1,6 +1,7 @@
 """EncryptedTensor through the unmodified model: same logits, same rotations as promised, and nothing unsupported gets through."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_he.attention import gaussian_kernel_attention
 from hf_he.backends import available_backends, get_backend
-from hf_he.ckks.parameters import parameter_set
+from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.errors import BackendUnavailableError, LevelError, RefreshError, ShapeError, UnsupportedEncryptedOperation
 from hf_he.models.he_bert import HEBertConfig, HEBertForSequenceClassification
 from hf_he.nn import RangeTracker
@@ -322,6 +323,20 @@ def test_a_wrong_answer_to_a_refresh_is_caught(lab):
     for reason, answer in answers.items():
         with pytest.raises(RefreshError, match=reason):
             ClientRefresh(lambda _, answer=answer: answer).refresh(backend, ct, 3)
+
+
+def test_without_the_client_by_bootstrapping(make_lab):
+    model = small_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parameters = CKKSParameters.from_bits(11, 50, 40, 7, 50, 4, insecure=True, bootstrap=True)
+    lab = make_lab(parameters=parameters)
+    lab.backend.load_evaluation_keys(lab.backend.generate_evaluation_keys(lab.secret, required_rotations(model.config, lab.packing), bootstrapping=True))
+    lab.session.refresh = BootstrapRefresh(lab.backend)
+    embeddings, mask = inputs(model, lab.packing.sequences, TOKENS)
+    expected = calibrated(model, embeddings, mask)
+    np.testing.assert_allclose(run(lab, model, embeddings, mask), expected.numpy(), atol=1e-2)
+    assert lab.backend.log.operations()["bootstrap"] == lab.session.refresh.count > 0
 
 
 def test_bootstrapping_says_that_it_is_not_there():
