@@ -28,15 +28,12 @@ class Bootstrapper:
         self.evaluator = Evaluator(context_for(plan.full))
         self._small = Evaluator(context_for(ephemeral_parameters(plan)))
         slots = parameters.slots
-        # After ModRaise the slots of coefficients q_0 * x have scale q_0; the argument of EvalMod is x / HALF_WIDTH at cosine_scale.
+        # After ModRaise the slots of coefficients q_0 * x have scale q_0; the argument of EvalMod is x / HALF_WIDTH at scale(0).
         inward = coefficients_to_slots(slots, TRANSFORM_STAGES)
-        shrink = 0.5 * plan.cosine_scale / (HALF_WIDTH * parameters.moduli[0])
+        shrink = 0.5 * plan.scale(0) / (HALF_WIDTH * parameters.moduli[0])
         self._inward = self._encode(inward, plan.top, shrink)
-        sine_scale = self._cosine_end = float(plan.divisor(plan.cosine_depth + 1))
-        for depth in range(plan.cosine_depth + 1, len(plan.levels)):
-            sine_scale *= sine_scale / plan.divisor(depth)
         # sin(2 pi x) holds 2 pi / ratio times the message; what comes out has the canonical scale of the top level.
-        grow = 0.5 * plan.ratio / (2 * math.pi) * parameters.scale_at(parameters.max_level) / sine_scale
+        grow = 0.5 * plan.ratio / (2 * math.pi) * parameters.scale_at(parameters.max_level) / plan.sine_scale
         self._outward = self._encode(slots_to_coefficients(slots, TRANSFORM_STAGES), plan.bottom + TRANSFORM_STAGES, grow)
         self._imaginary = self.evaluator.encode(np.array([1j]), plan.top - 1, 1.0)
 
@@ -66,7 +63,7 @@ class Bootstrapper:
         evaluator = self.evaluator
         for transform in self._inward:
             a = evaluator.rescale(transform(a, keys.galois))
-        return Scaled(np.stack(self._halves(a, keys)), 0, self.plan.cosine_scale)
+        return Scaled(np.stack(self._halves(a, keys)), 0, self.plan.scale(0))
 
     def _halves(self, a: np.ndarray, keys: BootstrappingKeys) -> tuple[np.ndarray, np.ndarray]:
         """Twice the real and twice the imaginary parts of the slots."""
@@ -83,7 +80,7 @@ class Bootstrapper:
         series = ChebyshevSeries(evaluator, plan, keys.galois)
         argument = Scaled(evaluator.add_integer(a.values, -round(SHIFT / HALF_WIDTH * a.scale)), 0, a.scale)
         squared = series.double_product(argument, argument, None)
-        y = series(np.array(cosine_coefficients(plan.cosine_degree)), squared, plan.cosine_depth, self._cosine_end)
+        y = series(np.array(cosine_coefficients(plan.cosine_degree)), squared, plan.cosine_depth, plan.scale(plan.cosine_depth))
         for _ in range(DOUBLE_ANGLES):
             y = series.double_product(y, y, None)
         return y

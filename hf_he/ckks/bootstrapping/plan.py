@@ -76,10 +76,17 @@ class BootstrapPlan:
         """Product of the moduli given up between depth - 1 and depth of the modular reduction."""
         return math.prod(self.parameters.full_moduli[self.levels[depth] : self.levels[depth - 1]])
 
+    def scale(self, depth: int) -> float:
+        """What the scale at a depth of the modular reduction should be: 2 y^2 - 1 keeps it, because the 2 is taken out of the scale."""
+        return 2.0 * self.divisor(depth + 1)
+
     @cached_property
-    def cosine_scale(self) -> float:
-        """Scale of the argument of the modular reduction: that of its first level's moduli, so that squares keep it."""
-        return float(self.divisor(1))
+    def sine_scale(self) -> float:
+        """Scale at the end of the double angles, which begin at `scale(cosine_depth)`."""
+        scale = self.scale(self.cosine_depth)
+        for depth in range(self.cosine_depth + 1, len(self.levels)):
+            scale *= scale / 2 / self.divisor(depth)
+        return scale
 
     @property
     def ratio(self) -> float:

@@ -90,11 +90,11 @@ class ChebyshevSeries:
         return Scaled(self.rescale(values, depth), depth, scale / self._plan.divisor(depth))
 
     def double_product(self, a: Scaled, b: Scaled, subtract: Scaled | None) -> Scaled:
-        """2ab - subtract (None: 1), one level deeper than the deeper factor."""
+        """2ab - subtract (None: 1), one level deeper than the deeper factor: ab at half the scale is 2ab."""
         evaluator = self._evaluator
         depth = max(a.depth, b.depth)
         product = evaluator.multiply(self.drop(a, depth), self.drop(b, depth))
-        product, scale = evaluator.add(product, product), a.scale * b.scale
+        scale = a.scale * b.scale / 2
         if subtract is None:
             product = evaluator.add_integer(product, -round(scale))
         else:
@@ -110,7 +110,7 @@ class ChebyshevSeries:
 
     def _settled(self, a: Scaled, depth: int) -> Scaled:
         """`a` at `depth`; where the scales shrink on the way down, at the smaller scale, so that the other factor of a product keeps its precision."""
-        wanted = float(self._plan.divisor(depth + 1))
+        wanted = self._plan.scale(depth)
         if a.depth == depth or a.scale < 16 * wanted:
             return Scaled(self.drop(a, depth), depth, a.scale)
         factor = round(wanted * self._plan.divisor(depth) / a.scale)

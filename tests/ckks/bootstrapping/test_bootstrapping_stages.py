@@ -98,8 +98,8 @@ def test_modular_reduction(small):
     multiples = small.generator.integers(-OVERFLOW_BOUND, OVERFLOW_BOUND + 1, (2, small.parameters.slots))
     rest = small.generator.uniform(-(2.0**-10), 2.0**-10, multiples.shape)
     plan, evaluator = small.plan, small.bootstrapper.evaluator
-    arguments, _ = evaluator.encrypt((multiples + rest) / HALF_WIDTH, small.full_secret, plan.levels[0] - 1, plan.cosine_scale)
-    found = small.bootstrapper.reduce(Scaled(arguments, 0, plan.cosine_scale), small.keys)
+    arguments, _ = evaluator.encrypt((multiples + rest) / HALF_WIDTH, small.full_secret, plan.levels[0] - 1, plan.scale(0))
+    found = small.bootstrapper.reduce(Scaled(arguments, 0, plan.scale(0)), small.keys)
     for i in range(2):
         values = small.slots(found.values[i], found.scale).real
         np.testing.assert_allclose(values, reduce_plain(multiples[i] + rest[i], plan.cosine_degree), atol=2e-9)
