@@ -282,7 +282,7 @@ class Evaluator:
         out = empty(len(steps), *a.shape)
         for i in set(range(len(steps))) - set(moving):
             out[i] = a
-        if moving == list(range(1, len(steps))):
+        if moving and moving == list(range(1, len(steps))):
             elements = [self.context.galois_element(s) for s in steps[1:]]
             self._switch(a, 1, 1, keys, elements, out[1:].reshape(len(moving), -1, *a.shape[-3:]))
         elif moving:

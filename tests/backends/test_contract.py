@@ -222,6 +222,12 @@ def test_rotations_are_left_and_cyclic(party):
     party.check(he.rotate(ct, (0, *STEPS)), np.stack([np.roll(x, -s, axis=-1) for s in (0, *STEPS)]))
 
 
+@pytest.mark.parametrize("steps", [(0,), (0, 0), (1, 0), (0, 2, 1)])
+def test_step_zero_is_a_copy(party, steps):
+    x = party.values()
+    party.check(party.backend.rotate(party.encrypt(x, 1), steps), np.stack([np.roll(x, -s) for s in steps]))
+
+
 def test_rotations_below_the_top(party):
     x = party.values()
     for level in range(party.parameters.max_level):
