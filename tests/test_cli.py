@@ -98,7 +98,7 @@ def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
 
 
 def test_demo_says_when_the_parameters_do_not_bootstrap(model, text):
-    with pytest.raises(errors.BackendUnavailableError, match="use --refresh client"):
+    with pytest.raises(errors.BackendUnavailableError, match="--refresh client"):
         run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap")
 
 

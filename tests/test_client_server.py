@@ -355,10 +355,18 @@ class TestRefresh:
             remote.infer(batch.to_bytes(), lambda data: data[:-1])
         assert client.infer(remote, SENTENCES).agreement == 1.0
 
+    def test_with_bootstrapping_keys_the_server_needs_no_client(self, model, tmp_path):
+        client = Client.from_pretrained(model, backend="simulator", parameters="n16-bootstrap")
+        client.keygen(bootstrapping=True).save(tmp_path)
+        server = Server(model, tmp_path / "evaluation.keys", refresh="bootstrap")
+        data = client.infer(server, SENTENCES).to_json()
+        assert data["refreshes"] == 0 and data["bootstraps"] > 0 and data["operations"]["bootstrap"] == data["bootstraps"]
+        assert data["agreement"] == 1.0 and data["max_logit_error"] < 1e-2
+
     def test_parameters_that_do_not_bootstrap(self, model, client):
-        with pytest.raises(BackendUnavailableError, match="use --refresh client"):
+        with pytest.raises(BackendUnavailableError, match="--refresh client"):
             Server(model, client.keys.evaluation, refresh="bootstrap")
-        with pytest.raises(BackendUnavailableError, match="use --refresh client"):
+        with pytest.raises(BackendUnavailableError, match="--refresh client"):
             Client.from_pretrained(model, backend="simulator").keygen(bootstrapping=True)
         with pytest.raises(ParameterError, match="choose one of client, bootstrap"):
             Server(model, client.keys.evaluation, refresh="magic")

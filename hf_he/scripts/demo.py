@@ -13,7 +13,7 @@ from hf_he.checkpoints import default_model
 from hf_he.client import Client
 from hf_he.data import load_dataset
 from hf_he.errors import DataError
-from hf_he.keys import EVALUATION_FILE
+from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
 from hf_he.local_server import local_server
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import InferenceResult
@@ -63,7 +63,8 @@ def run_demo(
             client.use_keys(replace(keys, evaluation=None))
             del keys
         seconds["keygen"] = time.perf_counter() - began
-        say(f"keys: {sizes[EVALUATION_FILE] / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
+        server_keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
+        say(f"keys: {server_keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
 
         began = time.perf_counter()
         with local_server(model, Path(folder) / EVALUATION_FILE, refresh) as server:
@@ -74,7 +75,7 @@ def run_demo(
     seconds["total"] = time.perf_counter() - start
     if trace is not None:
         write_file(trace, "".join(f"{scope} {name} {level} {count}\n" for scope, name, level, count in result.report["trace"]).encode())
-    return replace(result, seconds={**result.seconds, **seconds}, sizes={**result.sizes, "evaluation_keys": sizes[EVALUATION_FILE]})
+    return replace(result, seconds={**result.seconds, **seconds}, sizes={**result.sizes, "evaluation_keys": server_keys})
 
 
 def demo(
