@@ -148,6 +148,7 @@ class DistillationTrainer(Trainer):
         self.penalty = penalty
         self.hidden_teacher = hidden_teacher.to(self.args.device).eval() if hidden_teacher is not None else None
         self.terms: dict[str, list[float]] = {}
+        self.skipped_steps = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, teacher_logits = inputs["labels"], inputs.get("teacher_logits")
@@ -172,10 +173,22 @@ class DistillationTrainer(Trainer):
                 self.terms.setdefault(name, []).append(float(term.detach()))
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One step without an update when the gradient is not finite: a value far outside its interval overflows a polynomial."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            model.zero_grad()
+            self.skipped_steps += 1
+            for values in self.terms.values():
+                values.pop()
+            return torch.zeros_like(loss)
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term since the last log."""
         if "loss" in logs:
-            logs |= {f"{name}_loss": float(np.mean(values)) for name, values in self.terms.items()}
+            logs |= {f"{name}_loss": float(np.mean(values)) for name, values in self.terms.items() if values}
             self.terms.clear()
         super().log(logs, start_time)
 

@@ -83,7 +83,7 @@ def plot_training(pipeline: Pipeline, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = ("teacher", "softmax", "kernel", "polynomial")
+    stages = ("teacher", "softmax", "kernel", "polynomial", "refine")
     figure, axes = pyplot.subplots(1, len(stages), figsize=(14, 3.6), constrained_layout=True)
     metric = f"eval_{pipeline.dev.metric}"
     for axis, stage in zip(axes, stages, strict=True):

@@ -1,4 +1,5 @@
-"""The stages of `hf-he train`: teacher, soft labels, softmax student, kernel student, calibration and polynomial student.
+"""The stages of `hf-he train`: teacher, soft labels, softmax student, kernel student, calibration and polynomial
+student, refined polynomial student.
 
 Every stage writes its folder under the recipe's output_dir together with `stage.json`, which records the settings it and all earlier
 stages ran with. A second run skips finished stages whose settings have not changed.
@@ -35,7 +36,7 @@ from hf_he.training.distillation import (
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.recipe import Recipe, Stage
 
-STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial")
+STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial", "refine")
 
 
 class Pipeline:
@@ -70,7 +71,7 @@ class Pipeline:
     @property
     def result(self) -> Path:
         """Folder of the finished polynomial-mode checkpoint (float32)."""
-        return self.root / "polynomial"
+        return self.root / "refine"
 
     def teacher(self) -> None:
         def work(folder: Path) -> dict[str, Any]:
@@ -115,21 +116,27 @@ class Pipeline:
 
     def polynomial(self) -> None:
         """Calibrate on training rows of every kind, swap the polynomials in and train on."""
+        self._polynomial_stage("polynomial", "kernel", self.recipe.polynomial_stage)
 
+    def refine(self) -> None:
+        """Calibrate again, now on what the polynomials let through, and train on with other texts."""
+        self._polynomial_stage("refine", "polynomial", self.recipe.refine_stage)
+
+    def _polynomial_stage(self, name: str, source: str, stage: Stage) -> None:
         def work(folder: Path) -> dict[str, Any]:
-            model, tokenizer = _load(self.root / "kernel")
-            rows = self._rows(tokenizer, self.recipe.polynomial_stage, self.recipe.random_rows)
+            model, tokenizer = _load(self.root / source)
+            rows = self._rows(tokenizer, stage, self.recipe.random_rows)
             ranges = track_ranges(model, rows.batches(self.recipe.calibration_rows))
             model = calibrated(model, ranges, self.recipe.degrees, self.recipe.margin)
-            report = self._fit_ranged(folder, model, tokenizer, self.recipe.polynomial_stage)
-            return report | {"calibration": {name: asdict(entry) for name, entry in ranges.items()}}
+            report = self._fit_ranged(folder, model, tokenizer, stage)
+            return report | {"calibration": {layer: asdict(entry) for layer, entry in ranges.items()}}
 
         settings = {
-            "settings": asdict(self.recipe.polynomial_stage),
+            "settings": asdict(stage),
             "degrees": asdict(self.recipe.degrees),
             "calibration": [self.recipe.calibration_rows, self.recipe.margin],
         }
-        self._stage("polynomial", settings, work)
+        self._stage(name, settings, work)
 
     def _fit_ranged(self, folder: Path, model: nn.Module, tokenizer, stage: Stage) -> dict[str, Any]:
         rows = self._rows(tokenizer, stage, self.recipe.random_rows)
@@ -189,15 +196,23 @@ class Pipeline:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         result = evaluate_model(model, tokenizer, self.dev, max_length=rows.encoded["input_ids"].shape[1])
-        return {"dev": _summary(result), "targets": penalty.intervals if penalty else None, "log": trainer.state.log_history}
+        return {
+            "dev": _summary(result),
+            "skipped_steps": trainer.skipped_steps,
+            "targets": penalty.intervals if penalty else None,
+            "log": trainer.state.log_history,
+        }
 
     def _rows(self, tokenizer, stage: Stage, random_rows: int) -> DistillationDataset:
-        unlabelled = self.unlabelled[: stage.unlabelled_rows]
+        stop = None if stage.unlabelled_rows is None else stage.unlabelled_start + stage.unlabelled_rows
+        chosen = slice(stage.unlabelled_start, stop)
+        logits = load_file(self.root / "soft_labels" / "logits.safetensors")["logits"]
+        count = len(self.train)
         return build_dataset(
             tokenizer,
             self.train,
-            unlabelled,
-            teacher_logits=load_file(self.root / "soft_labels" / "logits.safetensors")["logits"][: len(self.train) + len(unlabelled)],
+            self.unlabelled[chosen],
+            teacher_logits=torch.cat([logits[:count], logits[count:][chosen]]),
             repeats=self.recipe.label_repeats,
             random_rows=random_rows,
             max_length=self.recipe.max_length,

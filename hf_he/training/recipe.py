@@ -19,7 +19,7 @@ from hf_he.training.range_penalty import Degrees, RangeTargets
 class Stage:
     """Optimiser settings of one stage: AdamW, linear warm-up over `warmup` of the steps, then linear decay to 0.
 
-    `unlabelled_rows`: how many of the recipe's unlabelled texts this stage uses; all of them for None.
+    `unlabelled_rows`: how many of the recipe's unlabelled texts this stage uses, from number `unlabelled_start` on; all for None.
     """
 
     epochs: float = 3.0
@@ -28,6 +28,7 @@ class Stage:
     weight_decay: float = 0.01
     warmup: float = 0.1
     dropout: float = 0.1
+    unlabelled_start: int = 0
     unlabelled_rows: int | None = None
     loss: LossWeights = field(default_factory=LossWeights)
 
@@ -63,6 +64,7 @@ class Recipe:
     softmax_stage: Stage = field(default_factory=Stage)
     kernel_stage: Stage = field(default_factory=Stage)
     polynomial_stage: Stage = field(default_factory=Stage)
+    refine_stage: Stage = field(default_factory=Stage)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -7,11 +7,14 @@ import tenseal.sealapi as seal
 from worker import Operation
 
 VERSION = version("tenseal")
+NO_BOOTSTRAP = "SEAL does not bootstrap"
 SPECIAL_BITS = {14: 49, 15: 50, 16: 50}
 HOISTED = "SEAL does not hoist: eight rotations one after another"
 
 
 def open_library(log2_degree, limbs, threads, names, shape):
+    if "bootstrap" in names:
+        return {}, {}, {"bootstrap": NO_BOOTSTRAP}
     if log2_degree > 15:
         raise RuntimeError("SEAL's 128-bit table ends at ring degree 2^15; at 2^16 its one-limb digits would need 0.6 GB per Galois key")
     bits = [50] + [40] * (limbs - 1) + [SPECIAL_BITS[log2_degree]]

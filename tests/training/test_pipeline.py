@@ -49,6 +49,7 @@ def recipe(tmp_path_factory, stock):
         "softmax_stage": STAGE | {"loss": {"soft": 1.0}},
         "kernel_stage": STAGE | {"loss": {"soft": 1.0, "hidden": 0.1, "penalty": 0.1}},
         "polynomial_stage": STAGE | {"learning_rate": 2e-4, "loss": {"soft": 1.0, "penalty": 0.1}},
+        "refine_stage": STAGE | {"epochs": 1, "learning_rate": 1e-4, "loss": {"soft": 1.0, "penalty": 0.1}},
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -101,13 +102,13 @@ def test_the_card_has_valid_metadata_and_the_measured_score(trained):
 
 def test_a_second_run_repeats_only_stages_whose_settings_changed(trained, recipe):
     out, _ = trained
-    written = {stage: (out / stage / "stage.json").stat().st_mtime_ns for stage in ("teacher", "soft_labels", "softmax", "kernel", "polynomial")}
+    written = {stage: (out / stage / "stage.json").stat().st_mtime_ns for stage in ("teacher", "soft_labels", "softmax", "kernel", "polynomial", "refine")}
     changed = yaml.safe_load(recipe.read_text()) | {"margin": 0.5}
     other = recipe.with_name("changed.yaml")
     other.write_text(yaml.safe_dump(changed))
     assert run("--config", other).exit_code == 0
     again = {stage for stage in written if (out / stage / "stage.json").stat().st_mtime_ns != written[stage]}
-    assert again == {"polynomial"}
+    assert again == {"polynomial", "refine"}
 
 
 def test_max_steps_makes_a_trial_run(recipe, tmp_path):
