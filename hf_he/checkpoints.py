@@ -35,12 +35,15 @@ def model_fingerprint(directory: str | Path) -> str:
         raise DataError(f"{directory} holds no model: give a folder with config.json and model.safetensors (make one with `hf-he convert` or `hf-he train`)")
     try:
         described = {key: value for key, value in json.loads(config.read_text(encoding="utf-8")).items() if key not in _VOLATILE_CONFIG}
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise CorruptFileError(f"{config} is not readable JSON: copy the model again") from None
     hashed = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for path in weights:
-        with path.open("rb") as file:
-            hashed.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                hashed.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CorruptFileError(f"cannot read {path} ({error.strerror}): copy the model again") from None
     return hashed.hexdigest()[:16]
 
 

@@ -78,9 +78,7 @@ class Keys:
         return self.secret.key_id
 
     @classmethod
-    def generate(
-        cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False
-    ) -> Keys:
+    def generate(cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
         """Fresh keys whose evaluation half covers `rotations`, and bootstrapping if asked for; `progress(done, total)` counts keys.
 
         Raises BackendUnavailableError when the backend or its parameters cannot bootstrap.
@@ -136,7 +134,7 @@ def describe_key_file(data: bytes) -> tuple[str, str, CKKSParameters]:
     try:
         parameters = CKKSParameters.from_dict(json.loads(metadata["parameters"]))
         return kind, metadata["backend"], parameters
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         if isinstance(error, HEError):
             raise
         raise CorruptFileError("this key file does not name its backend and parameters: generate the keys again with `hf-he keygen`") from None

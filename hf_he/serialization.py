@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ _DTYPES = {
     "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
 }  # fmt: skip
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
+_SHOWN_CHARACTERS = 60
 _AGAIN = "copy or download the file again, or write it again with the command that made it"
 
 
@@ -67,7 +70,7 @@ def unpack(data: bytes | bytearray | memoryview, kind: str) -> tuple[dict[str, n
     metadata, table, start = _read_header(data)
     found = metadata.get("hf_he.kind")
     if found != kind:
-        raise CorruptFileError(f"expected a file of kind {kind!r}, this one is of kind {found!r}: pass the right file")
+        raise CorruptFileError(f"expected a file of kind {kind!r}, this one is of kind {quoted(found)}: pass the right file")
     body = memoryview(data)[start:]
     arrays: dict[str, np.ndarray] = {}
     offset = 0
@@ -84,7 +87,7 @@ def unpack(data: bytes | bytearray | memoryview, kind: str) -> tuple[dict[str, n
                 raise ValueError
             arrays[name] = np.frombuffer(body[begin:end], dtype=dtype).reshape(shape)
             offset = end
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise CorruptFileError(f"the tensor table does not match the data (truncated or altered): {_AGAIN}") from None
     if offset != len(body):
         raise CorruptFileError(f"{len(body) - offset} bytes follow the last tensor (two files joined, or altered): {_AGAIN}")
@@ -93,6 +96,27 @@ def unpack(data: bytes | bytearray | memoryview, kind: str) -> tuple[dict[str, n
     if _digest(metadata, dict(entries), chunks) != expected:
         raise CorruptFileError(f"the SHA-256 checksum does not match (damaged or altered): {_AGAIN}")
     return arrays, {key: value for key, value in metadata.items() if key not in _RESERVED}
+
+
+def unpack_for(data: bytes | bytearray | memoryview, kind: str, backend: str, fingerprint: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """`unpack` for a key or ciphertext that must come from `backend` and the parameters with `fingerprint`, and name its key pair.
+
+    Raises CorruptFileError, or ParameterError for another backend or parameter set.
+    """
+    arrays, metadata = unpack(data, kind)
+    if metadata.get("backend") != backend:
+        raise ParameterError(f"this file was written by the backend {quoted(metadata.get('backend'))}, not {backend!r}: load it with that backend")
+    if metadata.get("fingerprint") != fingerprint:
+        raise ParameterError("this file was made for other CKKS parameters: use the parameter set it names, or make it again")
+    if not _KEY_ID.fullmatch(metadata.get("key_id", "")):
+        raise CorruptFileError(f"this {kind} file misses or garbles the key id: write it again with this version of hf_he")
+    return arrays, metadata
+
+
+def quoted(text: object) -> str:
+    """Something a file or a peer said, fit for an error message: ASCII, escaped, shortened."""
+    shown = ascii(text)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
 
 
 def peek(data: bytes | bytearray | memoryview) -> tuple[str, dict[str, str]]:
@@ -186,7 +210,7 @@ def _read_header(data: bytes | bytearray | memoryview) -> tuple[dict[str, str], 
         raise CorruptFileError(f"the header is not readable (altered, or not an hf_he file): {_AGAIN}") from None
     version = metadata.get("hf_he.format")
     if version != FORMAT_VERSION:
-        raise CorruptFileError(f"format version {version!r} is unknown, this hf_he reads version {FORMAT_VERSION}: use the hf_he that wrote the file")
+        raise CorruptFileError(f"format version {quoted(version)} is unknown, this hf_he reads version {FORMAT_VERSION}: use the hf_he that wrote the file")
     if len(table) > MAX_TENSORS:
         raise CorruptFileError(f"{len(table)} tensors are more than the {MAX_TENSORS} a file may hold: {_AGAIN}")
     return metadata, table, 8 + length

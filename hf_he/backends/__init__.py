@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, OperationLog, Plaintext
 from hf_he.backends.keys import SecretKeyBase
 from hf_he.errors import BackendUnavailableError
+from hf_he.serialization import quoted
 
 if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
@@ -36,7 +37,7 @@ def backend_class(name: str = "auto") -> type[HEBackend]:
     """The adapter class called `name` ("auto" = native). Raises BackendUnavailableError when it cannot be imported."""
     name = DEFAULT_BACKEND if name == "auto" else name
     if name not in BACKENDS:
-        raise BackendUnavailableError(f"there is no backend called {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(f"there is no backend called {quoted(name)}: choose one of auto, {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
     try:
         return getattr(import_module(module), attribute)

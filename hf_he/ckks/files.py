@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import numpy as np
 
 from hf_he.ckks.context import Context
 from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.random import SEED_BYTES, uniform, uniform_into
-from hf_he.errors import CorruptFileError, ParameterError
-from hf_he.serialization import pack, pack_residues, unpack, unpack_residues
+from hf_he.errors import CorruptFileError
+from hf_he.serialization import pack, pack_residues, unpack_for, unpack_residues
 
 BACKEND = "native"
-_KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def _metadata(context: Context, key_id: str, **more: str) -> dict[str, str]:
@@ -29,14 +27,7 @@ def _metadata(context: Context, key_id: str, **more: str) -> dict[str, str]:
 
 
 def _open(context: Context, data: bytes, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    arrays, metadata = unpack(data, kind)
-    if metadata.get("backend") != BACKEND:
-        raise ParameterError(f"this file was written by the {metadata.get('backend')} backend: load it with that backend")
-    if metadata.get("fingerprint") != context.parameters.fingerprint:
-        raise ParameterError("this file was made for other CKKS parameters: use the parameter set it names, or make it again")
-    if not _KEY_ID.fullmatch(metadata.get("key_id", "")):
-        raise _garbled(kind, "the key id")
-    return arrays, metadata
+    return unpack_for(data, kind, BACKEND, context.parameters.fingerprint)
 
 
 def _garbled(kind: str, what: str) -> CorruptFileError:
@@ -54,6 +45,12 @@ def _array(arrays: dict[str, np.ndarray], name: str, kind: str, dtype: type, sha
     ):
         raise _garbled(kind, f"the array {name}")
     return found
+
+
+def _only(arrays: dict[str, np.ndarray], kind: str, limbs: int, *others: str) -> None:
+    """Raise unless `arrays` are the residues of `limbs` moduli and `others`, no more and no less."""
+    if set(arrays) != {f"residues.{k}" for k in range(limbs)} | set(others):
+        raise _garbled(kind, "its arrays")
 
 
 def _pack_rows(values: np.ndarray, modulus: int) -> np.ndarray:
@@ -89,8 +86,9 @@ def read_ciphertext(context: Context, data: bytes) -> tuple[np.ndarray, np.ndarr
     if math.log2(scale) > parameters.log2_modulus(level):
         raise _garbled(kind, "the scale")
     seeds = arrays.get("seeds")
-    first = arrays.get("residues.0")
-    if first is None or first.ndim < 3 or set(arrays) - {"seeds"} != {f"residues.{k}" for k in range(level + 1)}:
+    _only(arrays, kind, level + 1, *({"seeds"} & set(arrays)))
+    first = arrays["residues.0"]
+    if first.ndim < 3:
         raise _garbled(kind, "the residues")
     batch = first.shape[:-3]
     stored = components if seeds is None else 1
@@ -132,6 +130,7 @@ def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, f
     if metadata.get("conjugation") not in ("0", "1"):
         raise _garbled(kind, "the conjugation flag")
     conjugation = metadata["conjugation"] == "1"
+    _only(arrays, kind, len(context.chain), "rotations", "seeds")
     rotations = _array(arrays, "rotations", kind, np.int64, (None,))
     if (np.diff(rotations, prepend=0) <= 0).any() or (rotations >= context.parameters.slots).any():
         raise _garbled(kind, "the list of rotations")
@@ -164,6 +163,7 @@ def read_public_key(context: Context, data: bytes) -> PublicKey:
     """The inverse."""
     kind = "public_key"
     arrays, metadata = _open(context, data, kind)
+    _only(arrays, kind, len(context.parameters.moduli), "seed")
     seed = _array(arrays, "seed", kind, np.uint8, (SEED_BYTES,)).tobytes()
     b = np.stack(
         [unpack_residues(_array(arrays, f"residues.{k}", kind, np.uint8, (context.ring_degree, _width(q))), q) for k, q in enumerate(context.parameters.moduli)]
@@ -181,6 +181,7 @@ def read_secret_key(context: Context, data: bytes) -> SecretKey:
     """The inverse."""
     kind = "secret_key"
     arrays, metadata = _open(context, data, kind)
+    _only(arrays, kind, 0, "coefficients")
     coefficients = _array(arrays, "coefficients", kind, np.int8, (context.ring_degree,))
     if not ((coefficients >= -1) & (coefficients <= 1)).all() or not coefficients.any():
         raise _garbled(kind, "the coefficients")

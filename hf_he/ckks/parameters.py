@@ -205,14 +205,15 @@ class CKKSParameters:
     def from_dict(cls, data: Mapping[str, Any], *, insecure: bool = False) -> CKKSParameters:
         """Parameters read from a file. Ones marked insecure are refused unless the caller passes insecure=True."""
         try:
-            moduli, special, extra = tuple(data["moduli"]), tuple(data["special_moduli"]), tuple(data.get("bootstrap_moduli", ()))
-            fields = [data["ring_degree"], data["scale_bits"], data["digit_size"]]
-            fields += [q for chain in (moduli, special, extra) for q in chain[: _MAX_LIMBS + 1]]
-            marked = data["insecure"]
-        except (KeyError, TypeError) as error:
-            raise ParameterError(f"these are not CKKS parameters: {error!r}") from None
-        if not all(type(value) is int for value in fields) or type(marked) is not bool:
-            raise ParameterError("these are not CKKS parameters: every number must be an integer")
+            chains = [data["moduli"], data["special_moduli"], data.get("bootstrap_moduli", ())]
+            numbers, marked = [data["ring_degree"], data["scale_bits"], data["digit_size"]], data["insecure"]
+        except (KeyError, TypeError, AttributeError):
+            raise ParameterError("these are not CKKS parameters: a field is missing, generate the keys again with `hf-he keygen`") from None
+        if not all(isinstance(chain, list | tuple) and len(chain) <= _MAX_LIMBS for chain in chains):
+            raise ParameterError(f"these are not CKKS parameters: moduli come in lists of at most {_MAX_LIMBS}")
+        moduli, special, extra = (tuple(chain) for chain in chains)
+        if not all(type(value) is int and abs(value) < 1 << 63 for value in (*numbers, *moduli, *special, *extra)) or type(marked) is not bool:
+            raise ParameterError("these are not CKKS parameters: every number must be an integer below 2^63")
         if marked and not insecure:
             raise InsecureParametersError("these parameters are marked insecure: they are for unit tests; generate keys for a named parameter set")
         return cls(data["ring_degree"], moduli, special, data["scale_bits"], data["digit_size"], marked, extra)
