@@ -116,6 +116,16 @@ def test_turns_begin_with_another_library_each_round(tmp_path):
     assert order == ["openfhe", "fhelium"] + ["openfhe"] * 2 + ["fhelium"] * 4 + ["openfhe"] * 2
 
 
+def test_libraries_that_do_not_fit_together_are_measured_in_groups(tmp_path):
+    body = SLEEPER + "\n    import worker\n    worker._memory_gb = lambda: 4.0\n"
+    found, said = Measurements(), []
+    libraries = [peer(tmp_path, body, name) for name in ("native", "openfhe", "fhelium")]
+    measure(libraries, TOY, ("rotate",), Turns(rounds=1, runs=2, memory_gb=8.0), found, said.append)
+    opened = [text.rpartition(" ")[2] for text in said if "keys" in text]
+    assert opened == ["native", "openfhe", "native", "fhelium"]
+    assert {row["library"]: row["runs"] for row in found.rows} == {"native": 4, "openfhe": 2, "fhelium": 2}
+
+
 def rows_of(**milliseconds):
     shared = {"ring_dimension": 1 << 14, "threads": 2, "runs": 3, "version": "1", "parameters": {"key_switching": "-"}}
     return [{**shared, "library": library, "op": "rotate", "limbs": 9 if library == "desilo" else 8, "median_ms": ms} for library, ms in milliseconds.items()]

@@ -38,6 +38,11 @@ class Instance:
     limbs: int
     shape: tuple[int, int] = (0, 0)
 
+    @property
+    def name(self) -> str:
+        """N x limbs."""
+        return f"2^{self.log2_degree} x {self.limbs}"
+
 
 PARAMETER_SETS = (Instance(14, 8), Instance(15, 16), Instance(16, 24))
 BOOTSTRAP_SET = Instance(16, 32)

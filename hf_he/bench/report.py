@@ -25,7 +25,8 @@ def group(rows: Iterable[Row]) -> list[tuple[str, str, dict[str, Row]]]:
     """(operation, set, {library: row}) in order of appearance; a peer with a few more limbs than asked for stands beside the others."""
     found: dict[tuple[str, int, int], dict[str, Row]] = {}
     for row in rows:
-        near = (key for key in found if key[:2] == (row["op"], row["ring_dimension"]) and row["library"] not in found[key] and key[2] <= row["limbs"])
+        same = (key for key in found if key[:2] == (row["op"], row["ring_dimension"]) and row["library"] not in found[key])
+        near = (key for key in same if key[2] <= row["limbs"] or row["op"] == BOOTSTRAP)
         key = max(near, default=(row["op"], row["ring_dimension"], row["limbs"]))
         found.setdefault(key, {})[row["library"]] = row
     return [(title(next(iter(libraries.values()))), instance(degree, limbs), libraries) for (_, degree, limbs), libraries in found.items()]

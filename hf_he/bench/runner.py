@@ -41,12 +41,14 @@ class Library:
 
 @dataclass
 class Turns:
-    """How often and how long each operation is measured: `rounds` turns of up to `runs` runs or about `seconds`."""
+    """How often and how long each operation is measured: `rounds` turns of up to `runs` runs or about `seconds`; how much memory
+    libraries may take that are measured in turns."""
 
     rounds: int = 7
     runs: int = 3
     seconds: float = 4.0
     threads: int = 2
+    memory_gb: float = 6.0
 
 
 @dataclass
@@ -155,37 +157,64 @@ def measure(
     libraries: Sequence[Library], instance: Instance, names: Sequence[str], turns: Turns, into: Measurements, announce: Announce = lambda text: None
 ) -> None:
     """Measure `names` on `instance` with every library that runs: each round visits every operation, each operation every library, beginning
-    with another one each round. Appends one row per library and operation, and the reasons of the others, to `into`."""
-    what = f"2^{instance.log2_degree} x {instance.limbs}"
-    with ExitStack() as stack:
-        opened: dict[str, tuple[Process, dict[str, Any]]] = {}
-        for library in libraries:
-            if library.reason:
-                into.miss(library.name, "everything", library.reason)
-                continue
-            announce(f"{what}: keys and ciphertexts of {library.name}")
-            try:
-                opened[library.name] = stack.enter_context(_opened(library, instance, names, turns.threads))
-            except LibraryError as error:
-                into.miss(library.name, what, str(error))
-        times: dict[tuple[str, str], list[float]] = {(library, name): [] for library, (_, facts) in opened.items() for name in facts["operations"]}
-        for turn in range(turns.rounds):
-            announce(f"{what}: round {turn + 1} of {turns.rounds}")
-            for name in names:
-                order = [library for library, measured in times if measured == name]
-                shift = turn % max(len(order), 1)
-                for library in order[shift:] + order[:shift]:
-                    try:
-                        times[library, name] += opened[library][0].ask({"time": name, "runs": turns.runs, "seconds": turns.seconds})["ms"]
-                    except LibraryError as error:
-                        into.miss(library, f"{name} at {what}", str(error))
-                        del times[library, name]
+    with another one each round. Peers that would take more than `turns.memory_gb` together are measured one group after another, the native
+    engine in each. Appends one row per library and operation, and the reasons of the others, to `into`."""
+    times: dict[tuple[str, str], list[float]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for library in libraries:
+        if library.reason:
+            into.miss(library.name, "everything", library.reason)
+    native = [library for library in libraries if library.name == NATIVE]
+    waiting = [library for library in libraries if not library.reason and library.name != NATIVE]
+    while native or waiting:
+        with ExitStack() as stack:
+            opened: dict[str, Process] = {}
+            memory = [0.0]
+            for library in [*native, *waiting]:
+                if opened and sum(memory) + max(memory) > turns.memory_gb:
+                    break
+                waiting = [other for other in waiting if other is not library]
+                announce(f"{instance.name}: keys and ciphertexts of {library.name}")
+                try:
+                    opened[library.name], facts[library.name] = stack.enter_context(_opened(library, instance, names, turns.threads))
+                    memory.append(facts[library.name]["memory_gb"] or 0.0)
+                except LibraryError as error:
+                    into.miss(library.name, instance.name, str(error))
+                    native = [other for other in native if other is not library]
+            _take_turns(opened, facts, instance, names, turns, times, into, announce)
+        if not waiting:
+            break
+    for name in names:
+        for library in (library.name for library in libraries if library.name in facts):
+            if times.get((library, name)):
+                into.rows.append(_row(library, name, instance, facts[library], times[library, name]))
+            elif name in facts[library]["unsupported"]:
+                into.miss(library, name, facts[library]["unsupported"][name])
+
+
+def _take_turns(
+    opened: dict[str, Process],
+    facts: dict[str, dict[str, Any]],
+    instance: Instance,
+    names: Sequence[str],
+    turns: Turns,
+    times: dict[tuple[str, str], list[float]],
+    into: Measurements,
+    announce: Announce,
+) -> None:
+    failed = set()
+    for turn in range(turns.rounds):
+        announce(f"{instance.name}: round {turn + 1} of {turns.rounds}")
         for name in names:
-            for library, (_, facts) in opened.items():
-                if times.get((library, name)):
-                    into.rows.append(_row(library, name, instance, facts, times[library, name]))
-                elif name in facts["unsupported"]:
-                    into.miss(library, name, facts["unsupported"][name])
+            order = [library for library in opened if name in facts[library]["operations"] and (library, name) not in failed]
+            shift = turn % max(len(order), 1)
+            for library in order[shift:] + order[:shift]:
+                try:
+                    measured = opened[library].ask({"time": name, "runs": turns.runs, "seconds": turns.seconds})["ms"]
+                    times.setdefault((library, name), []).extend(measured)
+                except LibraryError as error:
+                    into.miss(library, f"{name} at {instance.name}", str(error))
+                    failed.add((library, name))
 
 
 def _row(library: str, name: str, instance: Instance, facts: dict[str, Any], times: list[float]) -> dict[str, Any]:
