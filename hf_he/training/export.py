@@ -32,8 +32,7 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """
     recipe = pipeline.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForSequenceClassification.from_pretrained(pipeline.result)
-    tokenizer = AutoTokenizer.from_pretrained(pipeline.result)
+    model, tokenizer = pipeline.result()
     _name_labels(model, recipe.task)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -59,7 +59,7 @@ class Pipeline:
         self.unlabelled, self.unseen = unlabelled[: recipe.unlabelled_rows], unlabelled[recipe.unlabelled_rows :]
         if max_steps is not None:
             rows = max_steps * recipe.kernel_stage.batch_size
-            self.train, self.unlabelled = self.train.spread(rows), self.unlabelled[:rows]
+            self.train, self.unlabelled, self.unseen = self.train.spread(rows), self.unlabelled[:rows], self.unseen[:rows]
         self.num_outputs = 1 if self.train.is_regression else max(2, len(set(self.train.labels)))
 
     def run(self) -> dict[str, Any]:
@@ -68,10 +68,14 @@ class Pipeline:
             getattr(self, stage)()
         return {stage: json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8")) for stage in STAGES}
 
-    @property
-    def result(self) -> Path:
-        """Folder of the finished polynomial-mode checkpoint (float32)."""
-        return self.root / "refine"
+    def result(self) -> tuple[nn.Module, Any]:
+        """Model (polynomial mode, float32) and tokenizer: the weighted mean of the last two stages, with the intervals of the first."""
+        model, tokenizer = _load(self.root / "polynomial")
+        refined, _ = _load(self.root / "refine")
+        with torch.no_grad():
+            for ours, theirs in zip(model.parameters(), refined.parameters(), strict=True):
+                ours.lerp_(theirs, self.recipe.refine_weight)
+        return model, tokenizer
 
     def teacher(self) -> None:
         def work(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Recipe:
     (bfloat16 is three times as fast on CPUs that have it, and moves logits by less than 0.1). `unlabelled`: "imdb" or "none", `unlabelled_rows` of it.
     `label_repeats`: how often a labelled row appears per epoch of the distillation stages. `random_rows`: random token sequences for the
     range penalty. `calibration_rows`: how many training rows fix the intervals (`export` then checks them on all). `margin`: widening of the calibrated ranges.
+    `refine_weight`: share of the refined weights in the result, the rest being those of the polynomial stage.
     """
 
     task: str = "mr"
@@ -65,6 +66,7 @@ class Recipe:
     kernel_stage: Stage = field(default_factory=Stage)
     polynomial_stage: Stage = field(default_factory=Stage)
     refine_stage: Stage = field(default_factory=Stage)
+    refine_weight: float = 0.25
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
