@@ -1,10 +1,10 @@
 """The client: tokenizer, embeddings and the secret key. Text goes in, encrypted batches go out, labels come back.
 
-    client = Client.from_pretrained(directory)
-    keys = client.keygen()
-    server = Server(directory, keys.evaluation)          # or hf_he.connect("http://127.0.0.1:8765")
-    result = client.infer(server, ["an unexpected delight", "two hours I will not get back"])
-    print(result.labels)
+client = Client.from_pretrained(directory)
+keys = client.keygen()
+server = Server(directory, keys.evaluation)          # or hf_he.connect("http://127.0.0.1:8765")
+result = client.infer(server, ["an unexpected delight", "two hours I will not get back"])
+print(result.labels)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
-from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
+from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
 from hf_he.results import InferenceResult, Sentence, merge_reports
 from hf_he.tensor import required_rotations
 
@@ -32,6 +32,8 @@ DEFAULT_PARAMETERS = "n14"
 MAX_REFRESHES_PER_BATCH = 256
 _BATCHES_PER_MESSAGE = 64
 _REFERENCE_BATCH = 32
+_EXACT_BITS = 51
+"""Encoding takes one path, and one time, for coefficients below 2^52; this leaves a bit for noise."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -40,6 +42,42 @@ class InferenceServer(Protocol):
     """What `Client.infer` needs: `hf_he.Server` here, or `hf_he.connect(url)` for another process."""
 
     def infer(self, data: bytes, refresh: Callable[[bytes], bytes], progress: Progress | None = None) -> bytes: ...
+
+
+class Refresher:
+    """Decrypts a ciphertext, encrypts its values afresh at the top level, and lets nothing else out.
+
+    Whether and how it answers depends on what the server knows already: the bytes of the request and the number of requests before. Values
+    beyond `bound` are clipped and reported by `check` when the server is done, because an error at once, or a slower encoding, would
+    tell whoever chose the ciphertext something about the secret key.
+    """
+
+    def __init__(self, backend: HEBackend, keys: Keys, requests: int, widest: int) -> None:
+        self.bound = 2.0 ** (_EXACT_BITS - backend.parameters.scale_bits)
+        self.clipped = 0
+        self._backend, self._keys, self._widest = backend, keys, widest
+        self._allowed = self._remaining = requests
+
+    def __call__(self, data: bytes) -> bytes:
+        """Ciphertext bytes to ciphertext bytes. Raises RefreshError, WrongKeyError, ParameterError or CorruptFileError."""
+        if self._remaining == 0:
+            raise RefreshError(f"the server asked for more than {self._allowed} refreshes in one inference: do not trust it, or report a bug")
+        self._remaining -= 1
+        ciphertext = self._backend.deserialize(data, "ciphertext")
+        if not 1 <= ciphertext.count <= self._widest:
+            raise RefreshError(f"the server asked to refresh {ciphertext.count} ciphertexts at once, this model needs at most {self._widest}: do not trust it")
+        values = self._backend.decrypt(ciphertext, self._keys.secret)
+        self.clipped += not (np.abs(values) <= self.bound).all()
+        values = np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound)
+        return self._backend.serialize(self._backend.encrypt(values, self._keys.secret))
+
+    def check(self) -> None:
+        """Raise RangeError when a value had to be clipped."""
+        if self.clipped:
+            raise RangeError(
+                f"{self.clipped} refreshed ciphertexts held values beyond {self.bound:g}, so the result is wrong: "
+                "calibrate the model's ranges on your data, or do not trust the server"
+            )
 
 
 class Client:
@@ -131,23 +169,9 @@ class Client:
             self.backend.serialize(self.backend.encrypt(np.stack(packed_masks), secret)),
         )
 
-    def refresher(self, batches: int) -> Callable[[bytes], bytes]:
-        """Answers refresh requests of one inference: decrypt, encrypt afresh at the top level, and nothing else leaves.
-
-        It answers a bounded number of times and only for this client's key. Raises RefreshError, WrongKeyError or CorruptFileError.
-        """
-        remaining = MAX_REFRESHES_PER_BATCH * batches
-
-        def refresh(data: bytes) -> bytes:
-            nonlocal remaining
-            if remaining == 0:
-                raise RefreshError(f"the server asked for more than {MAX_REFRESHES_PER_BATCH} refreshes per batch: do not trust it, or report a bug")
-            remaining -= 1
-            ciphertext = self.backend.deserialize(data, "ciphertext")
-            values = self.backend.decrypt(ciphertext, self._keys.secret)
-            return self.backend.serialize(self.backend.encrypt(values, self._keys.secret))
-
-        return refresh
+    def refresher(self, batches: int) -> Refresher:
+        """Answers the refresh requests of one inference over `batches` batches."""
+        return Refresher(self.backend, self._keys, MAX_REFRESHES_PER_BATCH * batches, widest_batch(self.model.config, self.packing))
 
     def decrypt(self, result: EncryptedResult, sentences: Sequence[Sentence]) -> list[Sentence]:
         """The sentences with their decrypted logits; refused ones pass through. Raises the typed errors of a result that does not fit."""
@@ -194,9 +218,14 @@ class Client:
         return InferenceResult(decrypted, merge_reports(reports), self.label_names, seconds, sizes)
 
     def run(self, server: InferenceServer, batch: EncryptedBatch, data: bytes | None = None, progress: Progress | None = None) -> EncryptedResult:
-        """Only the server's part: send an encrypted batch, answer refresh requests, return the checked encrypted result."""
+        """Only the server's part: send an encrypted batch, answer refresh requests, return the checked encrypted result.
+
+        Raises RangeError, once the server is done, when a refreshed value was out of bounds.
+        """
         batch.identity.check(self.identity, "encrypted batch")
-        answer = server.infer(batch.to_bytes() if data is None else data, self.refresher(batch.batches), progress)
+        refresher = self.refresher(batch.batches)
+        answer = server.infer(batch.to_bytes() if data is None else data, refresher, progress)
+        refresher.check()
         result = EncryptedResult.from_bytes(answer)
         if result.batch_id != batch.batch_id or result.batches != batch.batches:
             raise CorruptFileError("the server answered another batch: run the inference again")

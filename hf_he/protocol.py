@@ -7,6 +7,8 @@ computation and raised as the class that says what to change: ModelMismatchError
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 
 from hf_he import errors
 from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, WrongKeyError
-from hf_he.serialization import pack, unpack
+from hf_he.packing import Packing, ScoreLayout
+from hf_he.serialization import pack, quoted, unpack
 
 BATCH_KIND = "encrypted_batch"
 RESULT_KIND = "encrypted_result"
@@ -23,6 +26,15 @@ MAX_BATCHES = 256
 SEQUENCE_LENGTH = 32
 EVENT_HEADER = "X-HF-HE-Event"
 SEQUENCE_HEADER = "X-HF-HE-Sequence"
+MAX_ERROR_CHARACTERS = 4000
+
+_NAME = re.compile(r"[a-z0-9_]{1,32}")
+_HEX = re.compile(r"[0-9a-f]{16}")
+_NUMBER, _NUMBERS, _TABLE, _LIST, _TEXT = "a number", "a list of numbers", "a table of numbers", "a list", "a name"
+_REPORT = {
+    "backend": _TEXT, "security_bits": _NUMBER, "seconds": _NUMBER, "seconds_by_batch": _NUMBERS, "by_op": _TABLE, "by_primitive": _TABLE,
+    "operations": _TABLE, "refreshes": _NUMBER, "bootstraps": _NUMBER, "peak_memory_bytes": _NUMBER, "trace": _LIST,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,11 @@ class Identity:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str]) -> Identity:
-        try:
-            return cls(metadata["backend"], metadata["parameter_fingerprint"], metadata["model_fingerprint"], metadata["key_id"])
-        except KeyError as error:
-            raise CorruptFileError(f"the message does not name its {error.args[0]}: write it again with this version of hf_he") from None
+        patterns = {"backend": _NAME, "parameter_fingerprint": _HEX, "model_fingerprint": _HEX, "key_id": _HEX}
+        for name, pattern in patterns.items():
+            if not pattern.fullmatch(metadata.get(name, "")):
+                raise CorruptFileError(f"the message does not name its {name}: write it again with this version of hf_he")
+        return cls(*(metadata[name] for name in patterns))
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,11 @@ class EncryptedResult:
         arrays, metadata = unpack(data, RESULT_KIND)
         try:
             report = json.loads(_as_bytes(arrays, "report"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CorruptFileError("the report inside the result is not JSON: run the inference again") from None
+        for name, kind in _REPORT.items():
+            if not isinstance(report, dict) or not _is(kind, report.get(name)):
+                raise CorruptFileError(f"{name} of the report inside the result is not {kind}: client and server need the same version of hf_he")
         batches = _small_number(metadata, "batches")
         return cls(Identity.from_metadata(metadata), batches, _batch_id(metadata), _as_bytes(arrays, "logits"), report)
 
@@ -115,17 +131,34 @@ class EncryptedResult:
 def error_to_json(error: BaseException) -> dict[str, str]:
     """Class name and message of an hf_he error. Anything else is reported without its text, which belongs in the server's log."""
     if isinstance(error, HEError):
-        return {"error": type(error).__name__, "message": str(error)}
+        return {"error": type(error).__name__, "message": str(error).encode("utf-8", "backslashreplace").decode()}
     return {"error": "HEError", "message": f"internal error in the server ({type(error).__name__}): see the server's log"}
 
 
 def error_from_json(data: Any) -> HEError:
-    """The typed error a server reported."""
+    """The typed error a server reported, its message shortened and without control characters."""
     name, message = (data.get("error"), data.get("message")) if isinstance(data, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(message, str):
-        return HEError(f"the server answered with something that is not an hf_he error: {str(data)[:200]}")
+        return HEError(f"the server answered with something that is not an hf_he error: {quoted(data)}")
+    message = "".join(character for character in message[:MAX_ERROR_CHARACTERS] if character.isprintable() or character == "\n")
     found = getattr(errors, name, None)
     return found(message) if isinstance(found, type) and issubclass(found, HEError) else HEError(message)
+
+
+def widest_batch(config: Any, packing: Packing) -> int:
+    """Ciphertexts in the widest state that the model sends to be refreshed."""
+    widths = (config.hidden_size, config.intermediate_size)
+    return max(*map(packing.blocks, widths), ScoreLayout(packing, config.num_attention_heads).ciphertexts)
+
+
+def _is(kind: str, value: Any) -> bool:
+    if kind == _NUMBER:
+        return type(value) in (int, float) and abs(value) < 2.0**63 and math.isfinite(value)
+    if kind == _TEXT:
+        return isinstance(value, str) and _NAME.fullmatch(value) is not None
+    if kind == _TABLE:
+        return isinstance(value, dict) and all(_is(_TEXT, name) and _is(_NUMBER, number) for name, number in value.items())
+    return isinstance(value, list) and (kind == _LIST or all(_is(_NUMBER, number) for number in value))
 
 
 def _as_array(data: bytes) -> np.ndarray:

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from hf_he.errors import CorruptFileError, HEError
 from hf_he.protocol import EVENT_HEADER, SEQUENCE_HEADER, error_from_json
+from hf_he.serialization import quoted
 
 POLL_SECONDS = 1.0
+MAX_ANSWER_BYTES = 2**33
+_PROGRESS = {"state": str, "batch": int, "batches": int, "operations": int, "operation": str}
+_UNLIKE = "does not answer like an hf_he server of this version: check the URL"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    headers: httpx.Headers
+    content: bytes
+
+    def json(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self.content)
+        except (ValueError, RecursionError):
+            raise CorruptFileError("the server answered with something that is not JSON: check the URL") from None
+        if not isinstance(data, dict):
+            raise CorruptFileError(f"the server answered {quoted(data)} where a JSON object belongs: check the URL")
+        return data
 
 
 class RemoteServer:
     """Speaks to `hf-he serve`. Errors the server reports are raised here as the same hf_he classes."""
 
-    def __init__(self, url: str, timeout: float = 120.0) -> None:
+    def __init__(self, url: str, timeout: float = 120.0, max_answer_bytes: int = MAX_ANSWER_BYTES) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        self.max_answer_bytes = max_answer_bytes
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers={"Accept-Encoding": "identity"})
 
     def describe(self) -> dict[str, Any]:
         """Backend, parameters, model fingerprint and key id of what is served."""
-        return self._json(self._request("GET", "/info"))
+        return self._request("GET", "/info").json()
 
-    def infer(
-        self, data: bytes, refresh: Callable[[bytes], bytes], progress: Callable[[dict[str, Any]], None] | None = None
-    ) -> bytes:
+    def infer(self, data: bytes, refresh: Callable[[bytes], bytes], progress: Callable[[dict[str, Any]], None] | None = None) -> bytes:
         """Submit encrypted-batch bytes, answer refresh requests with `refresh`, and return the encrypted-result bytes."""
-        job = self._json(self._request("POST", "/jobs", content=data)).get("id")
-        if not isinstance(job, str) or not job.isalnum():
-            raise HEError(f"{self.url} does not answer like an hf_he server: check the URL")
+        job = self._request("POST", "/jobs", content=data).json().get("id")
+        if not isinstance(job, str) or not (job.isascii() and job.isalnum() and len(job) <= 64):
+            raise HEError(f"{self.url} {_UNLIKE}")
         try:
             while True:
                 response = self._request("GET", f"/jobs/{job}/next", params={"wait": POLL_SECONDS})
@@ -40,13 +60,15 @@ class RemoteServer:
                     return response.content
                 if event == "refresh":
                     sequence = response.headers.get(SEQUENCE_HEADER, "")
+                    if not (sequence.isascii() and sequence.isdigit() and len(sequence) < 10):
+                        raise HEError(f"{self.url} {_UNLIKE}")
                     self._request("POST", f"/jobs/{job}/refresh", params={"sequence": sequence}, content=refresh(response.content))
                 elif event == "error":
-                    raise error_from_json(self._json(response))
+                    raise error_from_json(response.json())
                 elif event != "progress":
                     raise HEError(f"{self.url} sent an unknown event: client and server need the same version of hf_he")
                 elif progress:
-                    progress(self._json(response))
+                    progress(self._progress(response))
         finally:
             with contextlib.suppress(HEError):
                 self._request("DELETE", f"/jobs/{job}")
@@ -60,22 +82,30 @@ class RemoteServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise HEError(f"cannot reach the server at {self.url} ({type(error).__name__}): start it with `hf-he serve`, or check --server") from None
-        if response.is_error:
-            raise error_from_json(self._json(response))
-        return response
+    def _progress(self, answer: _Answer) -> dict[str, Any]:
+        event = answer.json()
+        for name, value in event.items():
+            if type(value) is not _PROGRESS.get(name) or (isinstance(value, str) and not (value.isascii() and value.isidentifier() and len(value) < 40)):
+                raise HEError(f"{self.url} {_UNLIKE}")
+        if ("batch" in event) != ("batches" in event):
+            raise HEError(f"{self.url} {_UNLIKE}")
+        return event
 
-    @staticmethod
-    def _json(response: httpx.Response) -> Any:
+    def _request(self, method: str, path: str, **arguments: Any) -> _Answer:
         try:
-            data = response.json()
-        except ValueError:
-            raise CorruptFileError("the server answered with something that is not JSON: check the URL") from None
-        return data
+            with self._http.stream(method, path, **arguments) as response:
+                parts, size = [], 0
+                for part in response.iter_raw():
+                    size += len(part)
+                    if size > self.max_answer_bytes:
+                        raise CorruptFileError(f"the server's answer is larger than {self.max_answer_bytes} bytes: do not trust it, or pass max_answer_bytes=")
+                    parts.append(part)
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            raise HEError(f"cannot reach the server at {self.url} ({type(error).__name__}): start it with `hf-he serve`, or check --server") from None
+        answer = _Answer(response.headers, b"".join(parts))
+        if not response.is_success:
+            raise error_from_json(answer.json())
+        return answer
 
 
 def connect(url: str) -> RemoteServer:

@@ -48,8 +48,11 @@ class Sentence:
     def from_json(cls, data: Mapping[str, Any]) -> Sentence:
         try:
             numbers = {name: None if data[name] is None else tuple(map(float, data[name])) for name in ("plaintext_logits", "logits")}
-            return cls(data["text"], data["label"], data["tokens"], data["truncated"], data["refused"], **numbers)
-        except (KeyError, TypeError, ValueError):
+            types = {"text": str, "label": int | None, "tokens": int, "truncated": bool, "refused": str | None}
+            if not all(isinstance(data[name], wanted) for name, wanted in types.items()):
+                raise TypeError
+            return cls(**{name: data[name] for name in types}, **numbers)
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise CorruptFileError("the notes of this batch are not readable: encrypt the sentences again") from None
 
 

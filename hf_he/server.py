@@ -16,8 +16,8 @@ from hf_he.checkpoints import load_classifier, model_fingerprint
 from hf_he.errors import CorruptFileError, ParameterError, RefreshError, SecretKeyOnServerError
 from hf_he.keys import ServerKeys
 from hf_he.measurement import peak_memory_bytes
-from hf_he.packing import Packing, ScoreLayout
-from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity
+from hf_he.packing import Packing
+from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
 from hf_he.refresh import BootstrapRefresh, ClientRefresh
 from hf_he.serialization import peek
 from hf_he.tensor import EncryptedSession, EncryptedTensor
@@ -58,7 +58,6 @@ class Server:
         config = self.model.config
         self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, SEQUENCE_LENGTH)
         self.session = EncryptedSession(self.backend, self.packing, policy)
-        self._scores = ScoreLayout(self.packing, config.num_attention_heads).ciphertexts
         self._blocks = self.packing.blocks(config.hidden_size)
         self._busy = threading.Lock()
         self._client: Refresh | None = None
@@ -89,8 +88,7 @@ class Server:
     @property
     def max_refresh_bytes(self) -> int:
         """No valid answer to a refresh request is larger."""
-        widest = max(self.packing.blocks(self.model.config.intermediate_size), self._scores, self._blocks)
-        return widest * self._ciphertext_bytes + 2**20
+        return widest_batch(self.model.config, self.packing) * self._ciphertext_bytes + 2**20
 
     def progress(self) -> dict[str, Any]:
         """Where a running job is: state, batch, batches, operations done in this batch and the current kind of operation."""

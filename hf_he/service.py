@@ -21,11 +21,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, RefreshError, SecretKeyOnServerError, WrongKeyError
 from hf_he.protocol import EVENT_HEADER, SEQUENCE_HEADER, error_to_json
@@ -208,6 +210,14 @@ def create_app(server: Server) -> FastAPI:
     def typed(request: Request, error: HEError) -> JSONResponse:
         return JSONResponse(error_to_json(error), status_code=_status(error))
 
+    @app.exception_handler(RequestValidationError)
+    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(error_to_json(ParameterError("the request's query is malformed: client and server need the same version of hf_he")), 422)
+
+    @app.exception_handler(HTTPException)
+    def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(error_to_json(HEError(f"there is no such request ({error.detail}): check the URL")), error.status_code)
+
     @app.get("/info")
     def info() -> dict[str, Any]:
         return server.describe()
@@ -219,7 +229,7 @@ def create_app(server: Server) -> FastAPI:
         return {"id": job.id}
 
     @app.get("/jobs/{job_id}/next")
-    def next_event(job_id: str, wait: float = 1.0) -> Response:
+    def next_event(job_id: str, wait: Annotated[float, Query(allow_inf_nan=False)] = 1.0) -> Response:
         event = jobs.get(job_id).next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
         headers = {EVENT_HEADER: event.name, SEQUENCE_HEADER: str(event.sequence)}
         if isinstance(event.body, bytes):
@@ -279,7 +289,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request, at most `limit` bytes. Raises MessageTooLargeError without reading more."""
     too_large = MessageTooLargeError(f"the message is larger than the {limit} bytes a valid one may take: send fewer sentences at a time")
     declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limit:
+    if not (declared.isascii() and declared.isdigit() and len(declared) <= 18 and int(declared) <= limit):
         raise too_large
     parts, size = [], 0
     async for part in request.stream():

@@ -322,7 +322,7 @@ class TestDamage:
             with pytest.raises(CorruptFileError):
                 EncryptedBatch.from_bytes(replace(batch, **field).to_bytes())
         with pytest.raises(CorruptFileError, match="does not name its model_fingerprint"):
-            Identity.from_metadata({"backend": "native", "parameter_fingerprint": "0"})
+            Identity.from_metadata({"backend": "native", "parameter_fingerprint": "0" * 16})
 
 
 class TestRefresh:

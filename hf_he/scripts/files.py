@@ -172,7 +172,7 @@ class Notes:
             return cls([Sentence.from_json(entry) for entry in data["sentences"]], data["seconds"], data["bytes"])
         except OSError:
             raise DataError(f"{path} is missing, so the sentences of this batch are unknown: pass the --keys folder it was encrypted with") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptFileError(f"{path} is not readable: encrypt the sentences again") from None
 
 

@@ -129,7 +129,7 @@ def json_value(value: object, rng: random.Random, depth: int = 0) -> object:
         return value | {key: json_value(value[key], rng, depth + 1)}
     if isinstance(value, list) and value and depth < 3 and rng.random() < 0.8:
         index = rng.randrange(len(value))
-        return rng.choice((value[:index], value + value, value[:index] + [json_value(value[index], rng, depth + 1)] + value[index + 1 :], value[::-1]))
+        return rng.choice((value[:index], value + value, [*value[:index], json_value(value[index], rng, depth + 1), *value[index + 1 :]], value[::-1]))
     if isinstance(value, int) and rng.random() < 0.4:
         return value + rng.choice((-2, -1, 1, 2, value, 2**20))
     return rng.choice((*NUMBERS, *(s for s in STRINGS if len(s) < 10_000), [[[[]]]] * 3, {"a": {"b": []}}))
