@@ -156,7 +156,7 @@ def test_report_is_written_between_the_markers(tmp_path):
     document = report.insert(f"# Title\n{report.BEGIN}\nold\n{report.END}\nnotes\n", report.markdown(data))
     assert document.startswith("# Title\n") and document.endswith("\nnotes\n") and "old" not in document
     assert "| rotate | 2^14 x 8 | 2 | 13 | 6.5x |" in document
-    assert "- Lattigo, everything: why" in document
+    assert "- Lattigo. everything: why" in document
     report.plot(data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

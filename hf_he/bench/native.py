@@ -64,7 +64,7 @@ def _describe(parameters: CKKSParameters, limbs: int) -> dict[str, Any]:
         "log2_qp": round(parameters.log2_qp, 1),
         "limbs": limbs,
         "secure": parameters.log2_qp <= MAX_LOG2_QP.get(parameters.ring_degree, 0),
-        "key_switching": f"{-(-limbs // parameters.digit_size)} digits of {parameters.digit_size} limbs, {len(special)} special moduli of "
+        "key_switching": f"{-(-limbs // parameters.digit_size)} digits of {parameters.digit_size} limbs, special moduli of {len(special)} x "
         f"{special[0].bit_length()} bits",
     }
 

@@ -129,7 +129,9 @@ def markdown(data: dict[str, Any]) -> str:
         seen.add(key)
         parts.append(f"| {' | '.join(key)} | {parameters.get('log2_qp', '-')} | {parameters['key_switching']} |")
     parts += ["", "Not measured:", ""]
-    parts += [f"- {NAMES[entry['library']]}, {entry['what']}: {entry['reason']}" for entry in data["absent"]]
+    for library, name in NAMES.items():
+        if reasons := [f"{entry['what']}: {entry['reason']}" for entry in data["absent"] if entry["library"] == library]:
+            parts.append(f"- {name}. {'; '.join(reasons)}")
     return "\n".join(parts) + "\n"
 
 
@@ -148,6 +150,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     groups = [entry for entry in group(data["rows"]) if len(entry[2]) > 1]
+    for _, _, libraries in groups:
+        native = reference(next(iter(libraries.values())), data["rows"])
+        if NATIVE not in libraries and native is not None:
+            libraries[NATIVE] = native
     columns = libraries_of(data["rows"])
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.62 * len(groups)), layout="constrained")
     height = 0.84 / len(columns)

@@ -78,7 +78,7 @@ def open_library(log2_degree, limbs, threads, names, shape):
     described = {
         "log2_qp": round(float(sum(np.log2(float(q)) for q in (*scaling, *first, *special))), 1),
         "secure": True,
-        "key_switching": f"{engine.key_digit_count} digits, {count} special moduli of {bits} bits",
+        "key_switching": f"{engine.key_digit_count} digits, special moduli of {count} x {bits} bits",
     }
     unsupported = {
         "ntt": "timed inside operations only",

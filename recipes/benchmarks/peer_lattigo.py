@@ -107,7 +107,7 @@ def open_library(log2_degree, limbs, threads, names, shape):
     described = {
         "log2_qp": 50 + 40 * (limbs - 1) + bits * count,
         "secure": True,
-        "key_switching": f"{-(-limbs // count)} digits of {count} limbs, {count} special moduli of {bits} bits, secret of Hamming weight 2N/3",
+        "key_switching": f"{-(-limbs // count)} digits of {count} limbs, special moduli of {count} x {bits} bits, secret of Hamming weight 2N/3",
     }
     missing = "not exported by the wheel's library"
     return described, operations, {"ntt": missing, "linear_combination": missing, "linear_weighted_sum": missing}

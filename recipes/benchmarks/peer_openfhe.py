@@ -82,7 +82,7 @@ def open_library(log2_degree, limbs, threads, names, shape):
     described = {
         "log2_qp": 50 + 40 * (limbs - 1) + 60 * size,
         "secure": True,
-        "key_switching": f"HYBRID, {digits} digits, {size} special moduli of 60 bits, HEStd_128_classic",
+        "key_switching": f"HYBRID, {digits} digits, special moduli of {size} x 60 bits, HEStd_128_classic",
     }
     return described, operations, {"ntt": "not in the Python API", "linear_combination": "no such call"}
 

@@ -96,6 +96,6 @@ def open_library(log2_degree, limbs, threads, names, shape):
     described = {
         "log2_qp": sum(bits),
         "secure": True,
-        "key_switching": f"{limbs} digits of one limb, 1 special modulus of {bits[-1]} bits",
+        "key_switching": f"{limbs} digits of one limb, special modulus of {bits[-1]} bits",
     }
     return described, operations, {"ntt": "not in the Python API", "linear_combination": "no such call", "linear_weighted_sum": "no such call"}
