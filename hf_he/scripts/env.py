@@ -72,9 +72,7 @@ def env(json_output: bool) -> None:
     sets = Table("set", "N", "slots", "levels", "scale", "log2 QP", "limit", "security", title="Parameter sets (ternary secret, classical, 128-bit table)")
     for name, entry in data["parameter_sets"].items():
         numbers = [f"{entry[key]}" for key in ("ring_degree", "slots", "levels")]
-        sets.add_row(
-            name, *numbers, f"2^{entry['scale_bits']}", f"{entry['log2_qp']:.1f}", f"{entry['log2_qp_limit']}", f"{entry['security_bits']} bits"
-        )
+        sets.add_row(name, *numbers, f"2^{entry['scale_bits']}", f"{entry['log2_qp']:.1f}", f"{entry['log2_qp_limit']}", f"{entry['security_bits']} bits")
     console.print(sets)
 
 
