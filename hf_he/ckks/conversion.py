@@ -18,23 +18,22 @@ from numba import njit
 
 from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import JIT, WIDTH, add, fma, ld, mm, mul, red, round_mul, sp, st
+from hf_he.ckks.vector import JIT, WIDTH, add, fma, ld, mm, mul, prefetch, red, round_mul, sp, st
 
-BLOCK = 256
 HOISTED = 4
 """Rotations whose accumulators are kept at once."""
+AHEAD = 2048
+"""Doubles between a key's prefetch and its use: 16 KB. Without it a key from memory takes twice as long."""
 
 
 class SwitchTables(NamedTuple):
-    """Base conversion and division constants; high and low are the 25-bit halves of centred residues, pairs are (w, w/q)."""
+    """Base conversion and division constants, centred; pairs are (w, w/q)."""
 
     digit_scale: np.ndarray  # [dnum, alpha sizes, alpha, 2]: (Q_j/q_i)^-1 mod q_i
-    digit_high: np.ndarray  # [dnum, alpha sizes, M, alpha]: Q_j/q_i mod m
-    digit_low: np.ndarray
+    digit_weight: np.ndarray  # [dnum, alpha sizes, M, alpha]: Q_j/q_i mod m
     digit_modulus: np.ndarray  # [dnum, alpha sizes, M]: Q_j mod m
     special_scale: np.ndarray  # [K, 2]: (P/p_i)^-1 mod p_i
-    special_high: np.ndarray  # [M, K]: P/p_i mod m
-    special_low: np.ndarray
+    special_weight: np.ndarray  # [M, K]: P/p_i mod m
     special_modulus: np.ndarray  # [M]: P mod m
     special_factor: np.ndarray  # [L, 2]: P mod q
     special_inverse: np.ndarray  # [L, 2]: P^-1 mod q
@@ -46,14 +45,13 @@ class Scratch(NamedTuple):
     """Working memory of one parameter set; rows are PAD doubles apart."""
 
     block: np.ndarray  # [threads, largest column block]
-    split: np.ndarray  # [threads, base conversion]
-    digits: np.ndarray  # [threads, dnum * (N + PAD)]
+    scaled: np.ndarray  # [threads, base conversion of one column block]
     pair: np.ndarray  # [threads, 2 * (N + PAD)]
     coefficients: np.ndarray  # [L, N + PAD]
-    extended: np.ndarray  # [dnum * M, N + PAD]
+    extended: np.ndarray  # [dnum * M, N + PAD], half transformed, later transformed
     accumulators: np.ndarray  # [HOISTED * 2 * M, N + PAD]
     special: np.ndarray  # [HOISTED * 2 * K, N + PAD]
-    lifted: np.ndarray  # [HOISTED * 2 * L, N + PAD]
+    lifted: np.ndarray  # [HOISTED * 2 * L, N + PAD], half transformed
 
 
 def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha: int) -> SwitchTables:
@@ -64,10 +62,8 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
     tables = SwitchTables(
         np.zeros((dnum, alpha, alpha, 2)),
         np.zeros((dnum, alpha, total, alpha)),
-        np.zeros((dnum, alpha, total, alpha)),
         np.zeros((dnum, alpha, total)),
         np.zeros((extra, 2)),
-        np.zeros((total, extra)),
         np.zeros((total, extra)),
         np.zeros(total),
         np.zeros((count, 2)),
@@ -80,11 +76,6 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
         value = centred(value, q)
         return float(value), value / q
 
-    def halves(value: int, q: int) -> tuple[float, float]:
-        value = centred(value, q)
-        high = round(value / 2**25)
-        return float(high), float(value - high * 2**25)
-
     for j in range(dnum):
         for size in range(1, min(alpha, count - j * alpha) + 1):
             digit = moduli[j * alpha : j * alpha + size]
@@ -92,13 +83,13 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
             for a, q in enumerate(digit):
                 tables.digit_scale[j, size - 1, a] = pair(pow(product // q, -1, q), q)
                 for k, m in enumerate(chain):
-                    tables.digit_high[j, size - 1, k, a], tables.digit_low[j, size - 1, k, a] = halves(product // q, m)
+                    tables.digit_weight[j, size - 1, k, a] = centred(product // q, m)
             tables.digit_modulus[j, size - 1] = [centred(product, m) for m in chain]
     p = math.prod(special)
     for i, m in enumerate(special):
         tables.special_scale[i] = pair(pow(p // m, -1, m), m)
         for k, q in enumerate(chain):
-            tables.special_high[k, i], tables.special_low[k, i] = halves(p // m, q)
+            tables.special_weight[k, i] = centred(p // m, q)
     tables.special_modulus[:] = [centred(p, m) for m in chain]
     for k, q in enumerate(moduli):
         tables.special_factor[k] = pair(p, q)
@@ -116,8 +107,7 @@ def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_
     dnum, total = -(-limbs // alpha), limbs + special
     return Scratch(
         np.zeros((threads, column_block + PAD)),
-        np.zeros((threads, (2 * max(alpha, special) + 1) * BLOCK + PAD)),
-        np.zeros((threads, dnum * row)),
+        np.zeros((threads, (max(alpha, special) + 1) * column_block + PAD)),
         np.zeros((threads, 2 * row)),
         np.zeros((limbs, row)),
         np.zeros((dnum * total, row)),
@@ -128,78 +118,58 @@ def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_
 
 
 @njit(**JIT)
-def split_block(y, first, scale, moduli, first_modulus, start, s):
-    """BLOCK coefficients of rows y[first..]: y_i = x_i * scale_i in 25-bit halves, and v = rint(sum y_i / q_i), into s."""
+def scale_block(x, first, scale, moduli, first_modulus, start, size, s):
+    """`size` coefficients from `start` of rows x[first..]: y_i = x_i * scale_i and, after them, v = rint(sum y_i / q_i), into s."""
     count = scale.shape[0]
-    for c in range(0, BLOCK, 8):
+    for c in range(0, size, 8):
         v = sp(0.0)
         for i in range(count):
             k = first_modulus + i
-            z = mm(ld(y[first + i], start + c), sp(scale[i, 0]), sp(scale[i, 1]), sp(moduli[k, 0]))
-            h = round_mul(z, sp(2.0**-25))
-            v = fma(z, sp(moduli[k, 1]), v)
-            st(s, 2 * i * BLOCK + c, h)
-            st(s, (2 * i + 1) * BLOCK + c, fma(h, sp(-(2.0**25)), z))
-        st(s, 2 * count * BLOCK + c, round_mul(v, sp(1.0)))
+            y = mm(ld(x[first + i], start + c), sp(scale[i, 0]), sp(scale[i, 1]), sp(moduli[k, 0]))
+            v = fma(y, sp(moduli[k, 1]), v)
+            st(s, i * size + c, y)
+        st(s, count * size + c, round_mul(v, sp(1.0)))
 
 
 @njit(**JIT)
-def convert_block(s, count, high, low, modulus, shifts, q0, qi0, out, start):
-    """out[start:start+BLOCK] = sum_i y_i * w_i - v * modulus mod q.
+def convert_block(s, count, weights, modulus, q0, qi0, u, size):
+    """u = sum_i y_i * w_i - v * modulus mod q, reduced.
 
-    |y halves| <= 1.2 * 2^24, |w halves| <= 2^24 and count <= 8: the sums are below 2^52.2, every product operand fits `mm` for q > 2^28.
+    |y_i| <= 0.6 * 2^50 and |w_i| <= q/2: every product is exact and within 0.6 q; with count <= 8, |v| <= 5 and the sum is below 7.3 q < 2^53.
     """
     q = sp(q0)
     qi = sp(qi0)
     negative = sp(-modulus)
-    f = sp(shifts[0])
-    fi = sp(shifts[1])
-    g = sp(2.0**25)
-    gi = mul(g, qi)
-    for c in range(0, BLOCK, 16):
-        h0 = sp(0.0)
-        m0 = sp(0.0)
-        l0 = sp(0.0)
-        h1 = sp(0.0)
-        m1 = sp(0.0)
-        l1 = sp(0.0)
+    for c in range(0, size, 16):
+        z0 = mul(ld(s, count * size + c), negative)
+        z1 = mul(ld(s, count * size + c + 8), negative)
         for i in range(count):
-            wh = sp(high[i])
-            wl = sp(low[i])
-            j = 2 * i * BLOCK + c
-            yh = ld(s, j)
-            yl = ld(s, j + BLOCK)
-            h0 = fma(yh, wh, h0)
-            m0 = fma(yh, wl, fma(yl, wh, m0))
-            l0 = fma(yl, wl, l0)
-            yh = ld(s, j + 8)
-            yl = ld(s, j + BLOCK + 8)
-            h1 = fma(yh, wh, h1)
-            m1 = fma(yh, wl, fma(yl, wh, m1))
-            l1 = fma(yl, wl, l1)
-        v = 2 * count * BLOCK + c
-        r0 = add(add(mm(h0, f, fi, q), mm(m0, g, gi, q)), fma(ld(s, v), negative, l0))
-        r1 = add(add(mm(h1, f, fi, q), mm(m1, g, gi, q)), fma(ld(s, v + 8), negative, l1))
-        st(out, start + c, red(r0, q, qi))
-        st(out, start + c + 8, red(r1, q, qi))
+            w = sp(weights[i])
+            wi = mul(w, qi)
+            z0 = add(z0, mm(ld(s, i * size + c), w, wi, q))
+            z1 = add(z1, mm(ld(s, i * size + c + 8), w, wi, q))
+        st(u, c, red(z0, q, qi))
+        st(u, c + 8, red(z1, q, qi))
 
 
 @njit(**JIT)
-def inner_product(digits, row, dnum, key, a0, a1, q0, qi0, n):
-    """a0, a1 = sum_j digit_j * key[:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
+def inner_product(digits, at, row, dnum, key, a0, a1, q0, qi0, n):
+    """a0, a1 = sum_j digits[at + j*row:] * key[:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
     q = sp(q0)
     qi = sp(qi0)
     step = key.shape[1] * 2 * WIDTH
-    at = 0
+    o = 0
     for c in range(0, n, WIDTH):
         s0 = sp(0.0)
         s1 = sp(0.0)
         for j in range(dnum):
-            x = ld(digits, j * row + c)
-            k0 = ld(key, at + 2 * j * WIDTH)
-            k1 = ld(key, at + (2 * j + 1) * WIDTH)
+            x = ld(digits, at + j * row + c)
+            k0 = ld(key, o + 2 * j * WIDTH)
+            k1 = ld(key, o + (2 * j + 1) * WIDTH)
+            prefetch(key, o + 2 * j * WIDTH + AHEAD)
+            prefetch(key, o + (2 * j + 1) * WIDTH + AHEAD)
             s0 = add(s0, mm(x, k0, mul(k0, qi), q))
             s1 = add(s1, mm(x, k1, mul(k1, qi), q))
-        at += step
+        o += step
         st(a0, c, red(s0, q, qi))
         st(a1, c, red(s1, q, qi))

@@ -6,99 +6,117 @@ from __future__ import annotations
 from numba import njit, prange
 
 from hf_he.ckks.arithmetic import SUM_CHUNK
-from hf_he.ckks.conversion import BLOCK, HOISTED, convert_block, inner_product, split_block
-from hf_he.ckks.ntt import PAD, forward, inverse, reduce_row
+from hf_he.ckks.conversion import HOISTED, convert_block, inner_product, scale_block
+from hf_he.ckks.ntt import COLUMNS, PAD, forward, forward_first, forward_rest, forward_second, inverse, reduce_row
 from hf_he.ckks.vector import JIT, add, ld, mm, red, sp, st, sub
 
 
 @njit(parallel=True, **JIT)
 def mod_up(source, alpha, offset, tables, switch, scratch, threads):
-    """source [limbs, N] (NTT domain) to its lifted digits in coefficient domain: row r of digit j is scratch.extended[j*rows + r]."""
-    limbs, n = source.shape
+    """source [limbs, N] (NTT domain) to its lifted digits: row r of digit j is scratch.extended[j*rows + r], half transformed."""
+    limbs = source.shape[0]
     rows = tables.moduli.shape[0] - offset
-    blocks = n // BLOCK
+    n1 = tables.roots1.shape[2]
+    n2 = tables.roots2.shape[2]
+    size = n1 * COLUMNS
+    dnum = (limbs + alpha - 1) // alpha
+    tasks = dnum * (n2 // COLUMNS)
     for t in prange(threads):
         for k in range(t, limbs, threads):
             inverse(source[k], scratch.coefficients[k], scratch.block[t], tables, k)
     for t in prange(threads):
-        s = scratch.split[t]
-        for b in range(t * blocks // threads, (t + 1) * blocks // threads):
-            for j in range((limbs + alpha - 1) // alpha):
-                first = j * alpha
-                size = min(alpha, limbs - first)
-                split_block(scratch.coefficients, first, switch.digit_scale[j, size - 1, :size], tables.moduli, first, b * BLOCK, s)
-                for r in range(rows):
-                    if first <= r < first + size:
-                        continue
-                    k = r if r < limbs else r + offset
-                    convert_block(
-                        s, size, switch.digit_high[j, size - 1, k], switch.digit_low[j, size - 1, k], switch.digit_modulus[j, size - 1, k],
-                        switch.shifts[k], tables.moduli[k, 0], tables.moduli[k, 1], scratch.extended[j * rows + r], b * BLOCK,
-                    )  # fmt: skip
+        s = scratch.scaled[t]
+        u = scratch.block[t]
+        for task in range(t * tasks // threads, (t + 1) * tasks // threads):
+            c = task // dnum
+            j = task % dnum
+            first = j * alpha
+            count = min(alpha, limbs - first)
+            scale_block(scratch.coefficients, first, switch.digit_scale[j, count - 1, :count], tables.moduli, first, c * size, size, s)
+            for r in range(rows):
+                if first <= r < first + count:
+                    continue
+                k = r if r < limbs else r + offset
+                q = tables.moduli[k, 0]
+                qi = tables.moduli[k, 1]
+                convert_block(s, count, switch.digit_weight[j, count - 1, k], switch.digit_modulus[j, count - 1, k], q, qi, u, size)
+                forward_first(u, c, scratch.extended[j * rows + r], tables.roots1[k], q, qi, n1, n2)
 
 
 @njit(**JIT)
-def _digit_rows(source, r, alpha, offset, tables, scratch, t):
-    """Row r of every lifted digit in NTT domain into scratch.digits[t]; the digit's own limbs are the source itself. Returns the digit count."""
+def _digit_rows(source, r, alpha, offset, tables, scratch):
+    """Finish row r of every lifted digit, in place in scratch.extended; the digit's own limbs are the source itself. Returns the digit count."""
     limbs, n = source.shape
     rows = tables.moduli.shape[0] - offset
-    row = n + PAD
     k = r if r < limbs else r + offset
     dnum = (limbs + alpha - 1) // alpha
     for j in range(dnum):
-        target = scratch.digits[t, j * row : (j + 1) * row]
+        target = scratch.extended[j * rows + r]
         if j * alpha <= r < min((j + 1) * alpha, limbs):
             own = source[r]
             for c in range(0, n, 8):
                 st(target, c, ld(own, c))
         else:
-            forward(scratch.extended[j * rows + r], target, scratch.block[t], tables, k)
+            forward_rest(target, target, tables, k)
     return dnum
 
 
 @njit(parallel=True, **JIT)
-def _mod_down(pairs, limbs, offset, tables, switch, scratch, threads):
-    """The special rows of `pairs` accumulators, lifted to the ciphertext moduli in coefficient domain: scratch.lifted[p*limbs + k]."""
-    rows = tables.moduli.shape[0] - offset
-    extra = rows - limbs
+def _lift(pairs, limbs, offset, tables, switch, scratch, threads):
+    """The special rows of `pairs` accumulators (coefficients, scratch.special) to the ciphertext moduli: scratch.lifted[p*limbs + k], half transformed."""
+    extra = tables.moduli.shape[0] - offset - limbs
     first = limbs + offset
-    n = tables.twists.shape[2]
-    blocks = n // BLOCK
+    n1 = tables.roots1.shape[2]
+    n2 = tables.roots2.shape[2]
+    size = n1 * COLUMNS
+    tasks = pairs * (n2 // COLUMNS)
     for t in prange(threads):
-        for i in range(t, pairs * extra, threads):
-            p = i // extra
-            inverse(scratch.accumulators[p * rows + limbs + i % extra], scratch.special[i], scratch.block[t], tables, first + i % extra)
-    for t in prange(threads):
-        s = scratch.split[t]
-        for i in range(t * pairs * blocks // threads, (t + 1) * pairs * blocks // threads):
-            p = i // blocks
-            start = i % blocks * BLOCK
-            split_block(scratch.special, p * extra, switch.special_scale, tables.moduli, first, start, s)
+        s = scratch.scaled[t]
+        u = scratch.block[t]
+        for task in range(t * tasks // threads, (t + 1) * tasks // threads):
+            p = task * COLUMNS // n2
+            c = task % (n2 // COLUMNS)
+            scale_block(scratch.special, p * extra, switch.special_scale, tables.moduli, first, c * size, size, s)
             for k in range(limbs):
-                convert_block(
-                    s, extra, switch.special_high[k], switch.special_low[k], switch.special_modulus[k], switch.shifts[k],
-                    tables.moduli[k, 0], tables.moduli[k, 1], scratch.lifted[p * limbs + k], start,
-                )  # fmt: skip
+                q = tables.moduli[k, 0]
+                qi = tables.moduli[k, 1]
+                convert_block(s, extra, switch.special_weight[k], switch.special_modulus[k], q, qi, u, size)
+                forward_first(u, c, scratch.lifted[p * limbs + k], tables.roots1[k], q, qi, n1, n2)
 
 
 @njit(**JIT)
-def _divide_row(accumulator, lifted, k, tables, switch, scratch, t, addend, use_addend, permutation, out):
-    """out = automorphism((accumulator - NTT(lifted)) / P + addend). The difference is within 2.5 q."""
+def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, permutation, out):
+    """out = automorphism((accumulator - NTT(lifted)) / P + addend). The difference is within 2.5 q.
+
+    An automorphism takes whole blocks of COLUMNS columns to whole blocks, so that every gather reads a block in L1.
+    """
     n = out.size
-    q = sp(tables.moduli[k, 0])
-    qi = sp(tables.moduli[k, 1])
+    n2 = tables.roots2.shape[2]
+    block = n2 * COLUMNS
+    q0 = tables.moduli[k, 0]
+    qi0 = tables.moduli[k, 1]
+    q = sp(q0)
+    qi = sp(qi0)
     w = sp(switch.special_inverse[k, 0])
     wi = sp(switch.special_inverse[k, 1])
-    temporary = scratch.pair[t]
-    forward(lifted, temporary, scratch.block[t], tables, k)
-    target = temporary if permutation.size > 0 else out
-    for c in range(0, n, 8):
-        z = mm(sub(ld(accumulator, c), ld(temporary, c)), w, wi, q)
-        if use_addend:
-            z = add(z, ld(addend, c))
-        st(target, c, red(z, q, qi))
-    for c in range(permutation.size):
-        out[c] = temporary[permutation[c]]
+    moving = permutation.size > 0
+    for o in range(0, n, block):
+        source = o
+        if moving:
+            source = permutation[o] // block * block
+        forward_second(lifted[source : source + block], u, tables.roots2[k], tables.twists[k, 0, source : source + block], q0, qi0, n2)
+        for c in range(0, block, 8):
+            z = mm(sub(ld(accumulator, source + c), ld(u, c)), w, wi, q)
+            if use_addend:
+                z = add(z, ld(addend, source + c))
+            z = red(z, q, qi)
+            if moving:
+                st(u, c, z)
+            else:
+                st(out, o + c, z)
+        if moving:
+            for c in range(block):
+                out[o + c] = u[permutation[o + c] - source]
 
 
 @njit(parallel=True, **JIT)
@@ -110,6 +128,9 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
     limbs, n = c.shape[2], c.shape[3]
     rows = tables.moduli.shape[0] - offset
     row = n + PAD
+    extra = rows - limbs
+    dnum = (limbs + alpha - 1) // alpha
+    digits = scratch.extended.reshape(scratch.extended.size)
     steps = key_index.size
     for b in range(c.shape[0]):
         mod_up(c[b, source], alpha, offset, tables, switch, scratch, threads)
@@ -118,20 +139,23 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
             for t in prange(threads):
                 for r in range(t, rows, threads):
                     k = r if r < limbs else r + offset
-                    dnum = _digit_rows(c[b, source], r, alpha, offset, tables, scratch, t)
+                    if s0 == 0:
+                        _digit_rows(c[b, source], r, alpha, offset, tables, scratch)
                     for s in range(count):
-                        key = keys[key_index[s0 + s], k]
                         a0 = scratch.accumulators[2 * s * rows + r]
                         a1 = scratch.accumulators[(2 * s + 1) * rows + r]
-                        inner_product(scratch.digits[t], row, dnum, key, a0, a1, tables.moduli[k, 0], tables.moduli[k, 1], n)
-            _mod_down(2 * count, limbs, offset, tables, switch, scratch, threads)
+                        inner_product(digits, r * row, rows * row, dnum, keys[key_index[s0 + s], k], a0, a1, tables.moduli[k, 0], tables.moduli[k, 1], n)
+                        if r >= limbs:
+                            inverse(a0, scratch.special[2 * s * extra + r - limbs], scratch.block[t], tables, k)
+                            inverse(a1, scratch.special[(2 * s + 1) * extra + r - limbs], scratch.block[t], tables, k)
+            _lift(2 * count, limbs, offset, tables, switch, scratch, threads)
             for t in prange(threads):
                 for i in range(t, 2 * count * limbs, threads):
                     p = i // limbs
                     k = i % limbs
                     h = p % 2
                     _divide_row(
-                        scratch.accumulators[p * rows + k], scratch.lifted[i], k, tables, switch, scratch, t,
+                        scratch.accumulators[p * rows + k], scratch.lifted[i], k, tables, switch, scratch.block[t],
                         c[b, h, k], h < addends, permutations[s0 + p // 2], out[s0 + p // 2, b, h, k],
                     )  # fmt: skip
 
@@ -167,6 +191,8 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
     groups, limbs, n = c.shape[0], c.shape[3], c.shape[4]
     rows = tables.moduli.shape[0] - offset
     row = n + PAD
+    extra = rows - limbs
+    digits = scratch.extended.reshape(scratch.extended.size)
     for b in range(c.shape[1]):
         for g in range(groups):
             if key_index[g] >= 0:
@@ -188,8 +214,8 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                             _add_scaled(c[g, b, 0, r], switch.special_factor[r, 0], switch.special_factor[r, 1], a0, q, qi, a0, n)
                             _add_scaled(c[g, b, 1, r], switch.special_factor[r, 0], switch.special_factor[r, 1], a1, q, qi, a1, n)
                     else:
-                        dnum = _digit_rows(c[g, b, 1], r, alpha, offset, tables, scratch, t)
-                        inner_product(scratch.digits[t], row, dnum, keys[key_index[g], k], pair0, pair1, q, qi, n)
+                        dnum = _digit_rows(c[g, b, 1], r, alpha, offset, tables, scratch)
+                        inner_product(digits, r * row, rows * row, dnum, keys[key_index[g], k], pair0, pair1, q, qi, n)
                         if r < limbs:
                             _add_scaled(c[g, b, 0, r], switch.special_factor[r, 0], switch.special_factor[r, 1], pair0, q, qi, pair0, n)
                         _accumulate(pair0, permutations[g], a0, g == 0)
@@ -197,13 +223,16 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                     if g % SUM_CHUNK == SUM_CHUNK - 1 or g == groups - 1:
                         reduce_row(a0, a0, q, qi)
                         reduce_row(a1, a1, q, qi)
-        _mod_down(2, limbs, offset, tables, switch, scratch, threads)
+                        if g == groups - 1 and r >= limbs:
+                            inverse(a0, scratch.special[r - limbs], scratch.block[t], tables, k)
+                            inverse(a1, scratch.special[extra + r - limbs], scratch.block[t], tables, k)
+        _lift(2, limbs, offset, tables, switch, scratch, threads)
         for t in prange(threads):
             for i in range(t, 2 * limbs, threads):
                 h = i // limbs
                 k = i % limbs
                 _divide_row(
-                    scratch.accumulators[h * rows + k], scratch.lifted[i], k, tables, switch, scratch, t,
+                    scratch.accumulators[h * rows + k], scratch.lifted[i], k, tables, switch, scratch.block[t],
                     out[b, h, k], False, permutations[0, :0], out[b, h, k],
                 )  # fmt: skip
 

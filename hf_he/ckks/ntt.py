@@ -197,30 +197,33 @@ def inverse_columns(u, size, roots, q0, qi0):
 
 
 @njit(**JIT)
-def forward_first(x, y, u, roots, q, qi, n1, n2):
-    """First half: x in coefficient layout (|x| < 2^53, any range; reduced here), column transforms, transposed into y."""
-    vq = sp(q)
-    vi = sp(qi)
-    for c in range(n2 // COLUMNS):
-        base = c * n1 * COLUMNS
-        for k in range(0, n1 * COLUMNS, 8):
-            st(u, k, red(ld(x, base + k), vq, vi))
-        forward_columns(u, n1, roots, q, qi)
-        for r in range(0, n1, 8):
-            o = (r // COLUMNS) * n2 * COLUMNS + c * COLUMNS * COLUMNS + r % COLUMNS
-            for k in range(0, COLUMNS, 8):
-                transpose8(u, r * COLUMNS + k, COLUMNS, y, o + k * COLUMNS, COLUMNS)
+def forward_first(u, c, y, roots, q, qi, n1, n2):
+    """First half for column block c, coefficients c*n1*COLUMNS and on, |u| <= 0.6 q: column transforms of u in place, transposed into y."""
+    forward_columns(u, n1, roots, q, qi)
+    for r in range(0, n1, 8):
+        o = (r // COLUMNS) * n2 * COLUMNS + c * COLUMNS * COLUMNS + r % COLUMNS
+        for k in range(0, COLUMNS, 8):
+            transpose8(u, r * COLUMNS + k, COLUMNS, y, o + k * COLUMNS, COLUMNS)
 
 
 @njit(**JIT)
-def forward_second(y, roots, twists, q, qi, n2):
-    """Second half of one block y [n2][COLUMNS], in place: twist, column transforms."""
+def forward_second(x, y, roots, twists, q, qi, n2):
+    """Second half of one block x [n2][COLUMNS] of the first half's result, into y (which may be x): twist, column transforms."""
     vq = sp(q)
     vi = sp(qi)
     for k in range(0, n2 * COLUMNS, 8):
         w = ld(twists, k)
-        st(y, k, mm(ld(y, k), w, mul(w, vi), vq))
+        st(y, k, mm(ld(x, k), w, mul(w, vi), vq))
     forward_columns(y, n2, roots, q, qi)
+
+
+@njit(**JIT)
+def forward_rest(x, y, tables, k):
+    """The second half of every block of row x into y: |y| <= 2 q, not reduced."""
+    n2 = tables.roots2.shape[2]
+    block = n2 * COLUMNS
+    for o in range(0, tables.twists.shape[2], block):
+        forward_second(x[o : o + block], y[o : o + block], tables.roots2[k], tables.twists[k, 0, o : o + block], tables.moduli[k, 0], tables.moduli[k, 1], n2)
 
 
 @njit(**JIT)
@@ -230,10 +233,14 @@ def forward(x, y, u, tables, k):
     qi = tables.moduli[k, 1]
     n1 = tables.roots1.shape[2]
     n2 = tables.roots2.shape[2]
-    block = n2 * COLUMNS
-    forward_first(x, y, u, tables.roots1[k], q, qi, n1, n2)
-    for o in range(0, n1 * n2, block):
-        forward_second(y[o : o + block], tables.roots2[k], tables.twists[k, 0, o : o + block], q, qi, n2)
+    vq = sp(q)
+    vi = sp(qi)
+    for c in range(n2 // COLUMNS):
+        base = c * n1 * COLUMNS
+        for j in range(0, n1 * COLUMNS, 8):
+            st(u, j, red(ld(x, base + j), vq, vi))
+        forward_first(u, c, y, tables.roots1[k], q, qi, n1, n2)
+    forward_rest(y, y, tables, k)
 
 
 @njit(**JIT)

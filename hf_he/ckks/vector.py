@@ -95,6 +95,21 @@ def st(typingctx, array, index, value):
 
 
 @intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of element `index`, which may lie beyond the array."""
+
+    def generate(context, builder, signature, args):
+        byte_pointer = ir.IntType(8).as_pointer()
+        signature_type = ir.FunctionType(ir.VoidType(), [byte_pointer, _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(builder.module, signature_type, "llvm.prefetch.p0")
+        address = builder.bitcast(_pointer(context, builder, signature.args[0], *args), byte_pointer)
+        builder.call(function, [address, _INT32(0), _INT32(3), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def sp(typingctx, scalar):
     """A scalar in all eight lanes."""
 
