@@ -288,15 +288,20 @@ class HEBackend(ABC):
         with self.log.primitive("multiply_scalar", a.level, a.count):
             return replace(a, payload=self._multiply_integer(a, round(value * scale)), scale=a.scale * scale)
 
-    def linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Ciphertext:
-        """Integer weights [out, in] (|w| < 2^25) times ciphertexts [in, *batch] -> [out, *batch]; the scale does not change."""
+    def linear_combination(self, weights: np.ndarray, a: Ciphertext, scale: float = 1.0) -> Ciphertext:
+        """Integer weights [out, in] (|w| < 2^25), standing for weights / scale, times ciphertexts [in, *batch] -> [out, *batch].
+
+        The scale becomes the product of the scales. Raises ShapeError for weights that do not fit, ScaleMismatchError when the modulus is too small.
+        """
         weights = np.asarray(weights)
         if weights.ndim != 2 or not a.batch_shape or weights.shape[1] != a.batch_shape[0]:
             raise ShapeError(f"linear_combination takes weights [out, in] and ciphertexts [in, ...], got {weights.shape} and {a.batch_shape}")
         if not np.issubdtype(weights.dtype, np.integer) or np.abs(weights).max(initial=0) >= 2**25:
             raise ShapeError("linear_combination takes integer weights below 2^25 in magnitude: scale and round them first")
+        self._check_product(a, scale)
         with self.log.primitive("linear_combination", a.level, weights.shape[0] * a.count):
-            return replace(a, payload=self._linear_combination(weights, a), batch_shape=(weights.shape[0], *a.batch_shape[1:]))
+            payload = self._linear_combination(weights, a)
+        return replace(a, payload=payload, batch_shape=(weights.shape[0], *a.batch_shape[1:]), scale=a.scale * scale)
 
     def relinearize(self, a: Ciphertext) -> Ciphertext:
         if a.components == 2:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import ShapeError
+from hf_he.ops import feature_major
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
 from hf_he.packing import Packing
@@ -135,7 +136,8 @@ def reference(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 def encrypted(context: OperationContext, source: Operand, maps: Sequence[WaitingLinear], level: int, gain: float = 1.0, shift: float = 0.0) -> Ciphertext:
     """gain * (weight x + bias) + shift for each map of one `source`, stacked: [sum of output blocks], canonical at `level`.
 
-    One level: `source` must be at `level` + 1 or higher. (babies - 1) * in_blocks + (giants - 1) * out_blocks rotations.
+    One level: `source` must be at `level` + 1 or higher. (babies - 1) * in_blocks + (giants - 1) * out_blocks rotations; with one feature per
+    ciphertext none, by `hf_he.ops.feature_major`.
     """
     backend = context.backend
     plan = BlockPlan(context.packing.features, source.features, tuple(m.features for m in maps))
@@ -144,6 +146,10 @@ def encrypted(context: OperationContext, source: Operand, maps: Sequence[Waiting
             raise ShapeError(f"a weight of shape {tuple(m.weight.shape)} does not fit an encrypted tensor of {source.features} features")
     weights = tuple(m.weight for m in maps)
     with backend.log.measure("linear"):
+        if plan.features == 1:
+            stacked = gain * np.concatenate([_numpy(w) for w in weights])
+            out = feature_major.encrypted(context, backend.drop_level(source.ciphertext, level + 1), stacked)
+            return _add_bias(context, out, maps, gain, shift)
         babies = source.babies(plan.babies, level + 1)
         scale = context.canonical_factor(level + 1, babies.scale)
 
