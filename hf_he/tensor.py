@@ -139,14 +139,16 @@ def _layer_norm(hidden_states: Any, module: he_nn.HELayerNorm) -> EncryptedTenso
     operand = _state(hidden_states, he_nn.layer_norm)
     if module.approximation is None:
         raise _unsupported(he_nn.layer_norm, " in exact mode: call model.set_mode('polynomial') first")
-    return _hidden(norm.WaitingNorm(operand, module.weight, module.bias, module.eps, module.approximation))
+    levels = operand.context.levels(module)
+    return _hidden(norm.WaitingNorm(operand, module.weight, module.bias, module.eps, module.approximation, levels))
 
 
 def _activation(hidden_states: Any, module: he_nn.PolynomialActivation) -> EncryptedTensor:
     operand = _state(hidden_states, he_nn.activation)
     if module.approximation is None:
         raise _unsupported(he_nn.activation, " in exact mode: call model.set_mode('polynomial') first")
-    return _like(operand, activation.encrypted(operand.context, operand, module.approximation))
+    levels = operand.context.levels(module) or activation.DEFAULT_LEVELS
+    return _like(operand, activation.encrypted(operand.context, operand, module.approximation, levels))
 
 
 def _attention(
@@ -178,7 +180,8 @@ def _attention(
     context = query.session
     mask = None if attention_mask is None else attention_mask.ciphertext
     scaling = head_dim**-0.5 if scaling is None else scaling
-    out = attention.encrypted(context, query.operand, key.operand, value.operand, mask, heads, scaling, approximation)
+    levels = context.levels(module) or attention.DEFAULT_LEVELS
+    out = attention.encrypted(context, query.operand, key.operand, value.operand, mask, heads, scaling, approximation, levels)
     return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
 
 
@@ -237,9 +240,7 @@ def _transpose(tensor: EncryptedTensor, dim0: int, dim1: int) -> EncryptedTensor
 def _index(tensor: EncryptedTensor, index: Any) -> EncryptedTensor:
     if tensor.kind != HIDDEN or not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None) or index[1] != 0:
         raise _unsupported(torch.Tensor.__getitem__, f" with index {index!r}: only the first token, hidden_states[:, 0]")
-    operand = tensor.operand
-    operand.ensure(1)
-    return _hidden(Operand(operand.context, operand.features, reduce.encrypted(operand.context, operand.ciphertext), pooled=True))
+    return _hidden(reduce.WaitingToken(tensor.operand))
 
 
 def _dropout(input: EncryptedTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> EncryptedTensor:

@@ -10,28 +10,31 @@ from hf_he.ops import polynomial
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
+from hf_he.ops.placement import ActivationLevels
+
+DEFAULT_LEVELS = ActivationLevels()
 
 
 def reference(hidden_states: torch.Tensor, approximation: Polynomial) -> torch.Tensor:
     return approximation(hidden_states)
 
 
-def encrypted(context: OperationContext, operand: Operand, approximation: Polynomial) -> Ciphertext:
+def encrypted(context: OperationContext, operand: Operand, approximation: Polynomial, levels: ActivationLevels = DEFAULT_LEVELS) -> Ciphertext:
     """The polynomial of every feature: `approximation.depth` levels, plus one for mapping its interval to [-1, 1] unless the linear map
     that feeds it does that.
 
-    A waiting linear map is computed one level above what the polynomial needs, so that the next one, which usually narrows the state
-    again, runs before a refresh. Padding features, and other tokens of a pooled operand, enter as 0.
+    A waiting linear map is computed so that the result is at levels.output: by default 1, so that the next linear map, which usually
+    narrows the state again, runs before a refresh. Padding features, and other tokens of a pooled operand, enter as 0.
     """
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), -(high + low) / (high - low)
     depth = polynomial.depth(approximation.coefficients)
     if isinstance(operand, WaitingLinear) and operand.waiting:
-        level = min(depth + 1, context.top - 1)
+        level = min(depth + levels.output, context.top - 1)
         operand.source.ensure(level + 1)
         mapped = operand.compute(level, gain, shift)
     else:
-        mapped = _mapped(context, operand, gain, shift, depth)
+        mapped = _mapped(context, operand, gain, shift, min(depth + levels.output, context.top))
     mapped = context.ensure_level(mapped, depth)
     with context.backend.log.measure("activation"):
         return polynomial.evaluate(context.backend, mapped, approximation.coefficients)
@@ -39,7 +42,7 @@ def encrypted(context: OperationContext, operand: Operand, approximation: Polyno
 
 def _mapped(context: OperationContext, operand: Operand, gain: float, shift: float, depth: int) -> Ciphertext:
     backend = context.backend
-    ct = operand.ensure(min(depth + 1, context.top))
+    ct = operand.ensure(depth)
     with backend.log.measure("activation"):
         ct = backend.rescale(backend.multiply_scalar(ct, gain, context.canonical_factor(ct.level, ct.scale)))
         if not operand.pooled:

@@ -19,13 +19,14 @@ from hf_he.ops import linear, reduce
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
+from hf_he.ops.placement import AttentionLevels
 from hf_he.packing import Packing, ScoreLayout
 
-QUERY_LEVEL = 2
-"""Square and score mask: the scores land on level 0, are refreshed as one ciphertext, and everything wide stays cheap."""
+SCORE_DEPTH = 2
+"""Levels from query and key to the scores: square, score mask."""
 
-WEIGHT_DEPTH = 2
-"""Copy over the head, product with the values."""
+
+DEFAULT_LEVELS = AttentionLevels()
 
 
 def reference(
@@ -47,45 +48,52 @@ def encrypted(
     heads: int,
     scaling: float,
     approximation: KernelExponential,
+    levels: AttentionLevels = DEFAULT_LEVELS,
 ) -> Ciphertext:
-    """Un-normalised kernel attention of one feature block [1]; the result is at level 0, canonical.
+    """Un-normalised kernel attention of one feature block [1]; the result is at level `levels.value` - 1, canonical.
 
-    `mask`: [1] from `pack_attention_mask`. At least one refresh (of the scores). Rotations: 2 T log2(head_dim / b) at
-    level 1, about 2 T / b + 6 b others.
+    `mask`: [1] from `pack_attention_mask`. The scores are refreshed when `levels` leave them too few levels for the kernel. Rotations:
+    T log2(head_dim / b) at each of levels.query - 1 and levels.value, about 2 T / b + 6 b others.
     """
     for name, operand in (("query", query), ("key", key), ("value", value)):
         if operand.features != context.packing.features:
             raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
     layout = ScoreLayout(context.packing, heads)
     backend = context.backend
-    q, k, v = project(query, key, value)
+    q, k, v = project(query, key, value, levels)
     with backend.log.measure("attention"):
         babies = [a * context.packing.token_stride for a in range(layout.babies)]
         rotated_k = backend.rotate(k, babies)
-        rotated_v = backend.rotate(_masked(context, v, mask), babies)
+        rotated_v = backend.rotate(_masked(context, v, mask, levels.value), babies)
         scores = _scores(context, layout, q, rotated_k, -0.5 * scaling / approximation.degree)
-        weights = _kernel(context, scores, approximation.squarings)
-        weights = backend.drop_level(weights, WEIGHT_DEPTH)
+        weights = _kernel(context, scores, approximation.squarings, levels.value + 1)
+        weights = backend.drop_level(weights, levels.value + 1)
         return backend.reshape(_weighted_sum(context, layout, weights, rotated_v), (1,))
 
 
-def project(query: Operand, key: Operand, value: Operand) -> tuple[Ciphertext, Ciphertext, Ciphertext]:
-    """q, k and v at QUERY_LEVEL, unbatched; in one matrix product when they are waiting linear maps of one input."""
+def project(query: Operand, key: Operand, value: Operand, levels: AttentionLevels = DEFAULT_LEVELS) -> tuple[Ciphertext, Ciphertext, Ciphertext]:
+    """q and k at levels.query, v one above levels.value, unbatched; maps of one input that are still waiting and end at one level are one
+    matrix product."""
     operands = (query, key, value)
     context = query.context
     backend = context.backend
+    wanted = (levels.query, levels.query, levels.value + 1)
     waiting = all(isinstance(o, WaitingLinear) and o.waiting for o in operands)
-    if waiting and query.source is key.source is value.source:
-        query.source.ensure(QUERY_LEVEL + 1)
-        stacked = linear.encrypted(context, query.source, operands, QUERY_LEVEL)
-        return tuple(backend.take(stacked, i) for i in range(3))
-    return tuple(_at_query_level(operand) for operand in operands)
+    if not waiting or not query.source is key.source is value.source:
+        return tuple(_at_level(operand, level) for operand, level in zip(operands, wanted, strict=True))
+    query.source.ensure(max(wanted) + 1)
+    results: dict[int, Ciphertext] = {}
+    for level in sorted(set(wanted), reverse=True):
+        members = [i for i in range(3) if wanted[i] == level]
+        stacked = linear.encrypted(context, query.source, [operands[i] for i in members], level)
+        results |= {i: backend.take(stacked, position) for position, i in enumerate(members)}
+    return results[0], results[1], results[2]
 
 
-def _at_query_level(operand: Operand) -> Ciphertext:
-    if operand.level < QUERY_LEVEL:
-        operand.ensure(QUERY_LEVEL)
-    return operand.context.backend.take(operand.at(QUERY_LEVEL), 0)
+def _at_level(operand: Operand, level: int) -> Ciphertext:
+    if operand.level < level:
+        operand.ensure(level)
+    return operand.context.backend.take(operand.at(level), 0)
 
 
 def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:
@@ -115,28 +123,30 @@ def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotat
     return backend.rescale(backend.stack(parts))
 
 
-def _kernel(context: OperationContext, scores: Ciphertext, squarings: int) -> Ciphertext:
-    """(1 + x)^(2^squarings), at WEIGHT_DEPTH or higher."""
+def _kernel(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
+    """(1 + x)^(2^squarings), at `level` or higher; one refresh, at once, where one is enough."""
     x = context.backend.add_scalar(scores, 1.0)
+    if squarings + level <= context.top:
+        x = context.ensure_level(x, squarings + level)
     for _ in range(squarings):
         x = context.square(context.ensure_level(x, 1))
-    return context.ensure_level(x, WEIGHT_DEPTH)
+    return context.ensure_level(x, level)
 
 
-def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | None) -> Ciphertext:
-    """value * mask at level 1."""
+def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | None, level: int) -> Ciphertext:
+    """value * mask at `level`."""
     backend = context.backend
     if mask is None:
-        return backend.drop_level(value, QUERY_LEVEL - 1)
-    mask = context.ensure_level(backend.take(mask, 0), QUERY_LEVEL)
-    return context.product(value, backend.drop_level(mask, QUERY_LEVEL))
+        return backend.drop_level(value, level)
+    mask = context.ensure_level(backend.take(mask, 0), level + 1)
+    return context.product(value, backend.drop_level(mask, level + 1))
 
 
 def _weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:
-    """sum_j (score j over its head) * v_j at level 0, canonical."""
+    """sum_j (score j over its head) * v_j, canonical, one level below v and two below the weights."""
     backend, b = context.backend, layout.babies
-    product_scale = backend.parameters.scale_at(0) * backend.parameters.moduli[1]
-    factor = product_scale / rotated_v.scale * backend.parameters.moduli[2] / weights.scale
+    product_scale = backend.parameters.scale_at(rotated_v.level - 1) * backend.parameters.moduli[rotated_v.level]
+    factor = product_scale / rotated_v.scale * backend.parameters.moduli[weights.level] / weights.scale
     rotated = [backend.rotate(backend.take(weights, s), offsets(layout)) for s in range(layout.ciphertexts)]
     sums = []
     for g in range(layout.giants):

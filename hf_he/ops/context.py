@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_he.backends.base import Ciphertext, HEBackend, Plaintext
 from hf_he.errors import LevelError
+from hf_he.ops.placement import Levels
 from hf_he.packing import Packing
 from hf_he.refresh import RefreshPolicy
 
@@ -20,11 +22,20 @@ class OperationContext:
         self.backend = backend
         self.packing = packing
         self.refresh = refresh
+        self._levels: dict[int, Levels] = {}
         self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
 
     @property
     def top(self) -> int:
         return self.backend.parameters.max_level
+
+    def place(self, model: torch.nn.Module, levels: Mapping[str, Levels]) -> None:
+        """Run the named submodules of `model` at these levels; what is not named runs at its defaults."""
+        self._levels = {id(model.get_submodule(name)): at for name, at in levels.items()}
+
+    def levels(self, module: torch.nn.Module) -> Levels | None:
+        """The planned levels of a submodule, if any."""
+        return self._levels.get(id(module))
 
     def ensure_level(self, ct: Ciphertext, depth: int) -> Ciphertext:
         """`ct`, refreshed when fewer than `depth` levels are left. Raises LevelError when no refresh can give that many."""

@@ -14,6 +14,7 @@ from hf_he.errors import ShapeError
 from hf_he.ops import polynomial, reduce
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
+from hf_he.ops.placement import NormLevels
 
 STATISTIC_DEPTH = 3
 """Levels from the input to the mapped variance: mean, square, variance."""
@@ -25,6 +26,11 @@ def reference(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return weight * centred * approximation(centred.square().mean(-1, keepdim=True) + eps) + bias
 
 
+def inverse_root_depth(approximation: InverseSquareRoot) -> int:
+    """Levels from the mapped variance to 1 / sqrt."""
+    return polynomial.depth(approximation.guess.coefficients) + 2 * approximation.newton_steps
+
+
 def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
     """The level at which `_inverse_root` leaves 1 / sqrt."""
     level = top - polynomial.depth(approximation.guess.coefficients)
@@ -34,11 +40,20 @@ def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
 
 
 class WaitingNorm(Operand):
-    """LayerNorm of `source`, computed when its consumer has said how many levels it needs: exactly those if the result can have them,
-    otherwise none, since it will be refreshed."""
+    """LayerNorm of `source` at planned `levels`; without them it is computed when its consumer has said how many levels it needs: exactly
+    those if the result can have them, otherwise none, since it will be refreshed."""
 
-    def __init__(self, source: Operand, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, approximation: InverseSquareRoot) -> None:
+    def __init__(
+        self,
+        source: Operand,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        approximation: InverseSquareRoot,
+        levels: NormLevels | None = None,
+    ) -> None:
         super().__init__(source.context, source.features)
+        self._levels = levels
         if source.features != source.context.packing.features:
             raise ShapeError(
                 f"LayerNorm over {source.features} features needs a packing of as many features per ciphertext, this one has {source.context.packing.features}"
@@ -54,12 +69,15 @@ class WaitingNorm(Operand):
     def level(self) -> int:
         if self._source is None:
             return super().ciphertext.level
+        if self._levels is not None:
+            return self._levels.output
         available = self._source.level if self._source.level >= STATISTIC_DEPTH else self.context.top
         return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - STATISTIC_DEPTH)
 
     def at_least(self, level: int) -> Ciphertext:
         if self._source is not None:
-            self._ciphertext = encrypted(self.context, self._source, *self._layer, min(level, self.level))
+            levels = self._levels or NormLevels(0, min(level, self.level))
+            self._ciphertext = encrypted(self.context, self._source, *self._layer, levels)
             self._source = None
         return super().ciphertext
 
@@ -75,24 +93,26 @@ def encrypted(
     bias: torch.Tensor | None,
     eps: float,
     approximation: InverseSquareRoot,
-    level: int,
+    levels: NormLevels,
 ) -> Ciphertext:
-    """weight * (x - mean) / sqrt(variance + eps) + bias at `level` (at most what WaitingNorm.level says).
+    """weight * (x - mean) / sqrt(variance + eps) + bias at levels.output (at most what WaitingNorm.level says without a plan).
 
-    One refresh of the statistic, more when guess and Newton steps exceed the parameters' levels; 4 log2(c) rotations.
+    The statistic is refreshed when levels.statistic is too low for 1 / sqrt, more than once when guess and Newton steps exceed the
+    parameters' levels; 4 log2(c) rotations.
     """
     backend, c = context.backend, context.packing.features
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
-    if operand.level < STATISTIC_DEPTH:
-        operand.ensure(STATISTIC_DEPTH)
-    hidden = operand.at_least(level + STATISTIC_DEPTH)
+    level, first = levels.output, max(levels.output, levels.statistic) + STATISTIC_DEPTH
+    if operand.level < first:
+        operand.ensure(first)
+    hidden = operand.at_least(first)
     with backend.log.measure("norm"):
-        total = reduce.sum_features(context, backend.drop_level(hidden, level + STATISTIC_DEPTH), c)
+        total = reduce.sum_features(context, backend.drop_level(hidden, first), c)
         mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
         mean = reduce.replicate_features(context, mean, c)
         centred = backend.subtract(backend.match_level(hidden, mean.level), mean)
-        squares = context.square(backend.drop_level(centred, STATISTIC_DEPTH - 1))
+        squares = context.square(backend.drop_level(centred, levels.statistic + STATISTIC_DEPTH - 1))
         total = reduce.sum_features(context, squares, c)
         mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
@@ -115,8 +135,9 @@ def _inverse_root(context: OperationContext, mapped: Ciphertext, approximation: 
     backend = context.backend
     low, high = approximation.interval
     guess_depth = polynomial.depth(approximation.guess.coefficients)
-    mapped = context.ensure_level(mapped, guess_depth)
-    mapped = backend.drop_level(mapped, min(mapped.level, guess_depth + 2 * approximation.newton_steps + level))
+    wanted = inverse_root_depth(approximation) + level
+    mapped = context.ensure_level(mapped, wanted if wanted <= context.top else guess_depth)
+    mapped = backend.drop_level(mapped, min(mapped.level, wanted))
     y = polynomial.evaluate(backend, mapped, approximation.guess.coefficients)
     if approximation.newton_steps:
         half = backend.rescale(backend.multiply_scalar(mapped, 0.25 * (high - low), context.canonical_factor(mapped.level, mapped.scale)))

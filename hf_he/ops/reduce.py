@@ -7,6 +7,7 @@ import torch
 
 from hf_he.backends.base import Ciphertext
 from hf_he.ops.context import OperationContext
+from hf_he.ops.operand import Operand
 from hf_he.packing import Packing
 
 
@@ -60,8 +61,36 @@ def reference(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states[:, 0]
 
 
+class WaitingToken(Operand):
+    """The first token of `source`, selected when its consumer has said how many levels it needs."""
+
+    def __init__(self, source: Operand) -> None:
+        super().__init__(source.context, source.features, pooled=True)
+        self._source: Operand | None = source
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        return self.at_least(self.level)
+
+    @property
+    def level(self) -> int:
+        if self._source is None:
+            return super().ciphertext.level
+        return (self._source.level or self.context.top) - 1
+
+    def ensure(self, depth: int) -> Ciphertext:
+        if self._source is not None and depth < self.context.top:
+            self._source.ensure(depth + 1)
+        return super().ensure(depth)
+
+    def at_least(self, level: int) -> Ciphertext:
+        if self._source is not None:
+            self._ciphertext = encrypted(self.context, self._source.ensure(1))
+            self._source = None
+        return super().ciphertext
+
+
 def encrypted(context: OperationContext, ct: Ciphertext) -> Ciphertext:
     """The first token; every other token becomes zero and so stays inside the interval of the activation that follows. One level."""
     with context.backend.log.measure("linear"):
-        ct = context.ensure_level(ct, 1)
         return context.multiply_constant(ct, "first_token", lambda: context.packing.first_token)

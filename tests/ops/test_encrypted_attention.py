@@ -48,8 +48,8 @@ def test_projections_are_one_product_at_the_lowest_level(lab):
     waiting = [F.linear(x, w).operand for w in weights]
     lab.backend.log.reset()
     projected = attention.project(*waiting)
-    assert [p.level for p in projected] == [attention.QUERY_LEVEL] * 3
-    assert {entry.level for entry in lab.backend.log.trace if entry.primitive == "rotate"} == {attention.QUERY_LEVEL + 1}
+    assert [p.level for p in projected] == [attention.DEFAULT_LEVELS.query] * 3
+    assert {entry.level for entry in lab.backend.log.trace if entry.primitive == "rotate"} == {attention.DEFAULT_LEVELS.query + 1}
     assert sum(entry.primitive == "rescale" for entry in lab.backend.log.trace) == 1
     separate = attention.project(*(Operand(lab.session, 16, w.compute(2)) for w in waiting))
     for one, other in zip(projected, separate, strict=True):
