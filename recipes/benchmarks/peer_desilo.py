@@ -8,6 +8,7 @@ import numpy as np
 from worker import Operation
 
 VERSION = version("desilofhe")
+BOOTSTRAP_GB = 15
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 FIRST_LEVELS = {14: 5, 15: 16, 16: 29}
 """Where the search for an engine begins: below the instance wanted in version 2.0.0."""
@@ -38,8 +39,15 @@ def find_engine(log2_degree, limbs, threads):
     return best
 
 
+def available_gb():
+    with open("/proc/meminfo", encoding="ascii") as facts:
+        return next(int(line.split()[1]) / 1e6 for line in facts if line.startswith("MemAvailable"))
+
+
 def bootstrapping(threads):
-    """With the small key, which rotates by powers of two: the medium one takes more than 12 GB."""
+    """With the small key, which rotates by powers of two: the medium one needs still more memory."""
+    if available_gb() < BOOTSTRAP_GB:
+        raise RuntimeError(f"bootstrapping needs about {BOOTSTRAP_GB} GB of memory, {available_gb():.0f} GB are available")
     engine = desilofhe.Engine(mode="parallel", bootstrap=True, thread_count=threads)
     secret = engine.create_secret_key()
     start = time.perf_counter()
