@@ -24,9 +24,9 @@ from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
+from hf_he.planner import make_plan
 from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
 from hf_he.results import InferenceResult, Sentence, merge_reports
-from hf_he.tensor import required_rotations
 
 DEFAULT_PARAMETERS = "n14"
 MAX_REFRESHES_PER_BATCH = 256
@@ -116,8 +116,8 @@ class Client:
 
     def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
         """Fresh keys for exactly the rotations this model needs, and for bootstrapping if asked. `keys.evaluation` is what a server gets."""
-        rotations = required_rotations(self.model.config, self.packing)
-        self.use_keys(Keys.generate(self.backend, rotations, progress, bootstrapping=bootstrapping))
+        plan = make_plan(self.model, self.backend.parameters, self.packing)
+        self.use_keys(Keys.generate(self.backend, set(plan.rotations), progress, bootstrapping=bootstrapping))
         return self._keys
 
     @property

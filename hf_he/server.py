@@ -17,6 +17,7 @@ from hf_he.errors import CorruptFileError, ParameterError, RefreshError, SecretK
 from hf_he.keys import ServerKeys
 from hf_he.measurement import peak_memory_bytes
 from hf_he.packing import Packing
+from hf_he.planner import make_plan
 from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
 from hf_he.refresh import BootstrapRefresh, ClientRefresh
 from hf_he.serialization import peek
@@ -58,6 +59,7 @@ class Server:
         config = self.model.config
         self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, SEQUENCE_LENGTH)
         self.session = EncryptedSession(self.backend, self.packing, policy)
+        self.session.place(self.model, make_plan(self.model, keys.parameters, self.packing).levels)
         self._blocks = self.packing.blocks(config.hidden_size)
         self._busy = threading.Lock()
         self._client: Refresh | None = None
