@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, OperationLog, Plaintext
+from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase
+from hf_he.backends.log import OperationLog
 from hf_he.errors import BackendUnavailableError
 from hf_he.serialization import quoted
 

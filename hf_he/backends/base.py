@@ -15,17 +15,16 @@ Conventions
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_he.backends.keys import refuse_secret_key
+from hf_he.backends.log import OperationLog
 from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
 
 if TYPE_CHECKING:
@@ -72,72 +71,6 @@ class EvaluationKeys:
     bootstrapping: Any = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
-class TraceEntry:
-    scope: str
-    primitive: str
-    level: int
-    count: int
-
-
-class OperationLog:
-    """Counts and wall-clock seconds per (scope, primitive), and the ordered trace of levels."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.seconds: Counter[tuple[str, str]] = Counter()
-        self.scope_seconds: Counter[str] = Counter()
-        self.trace: list[TraceEntry] = []
-        self._scopes: list[list[Any]] = []
-
-    @property
-    def scope(self) -> str:
-        return self._scopes[-1][0] if self._scopes else "other"
-
-    @contextmanager
-    def measure(self, scope: str) -> Iterator[None]:
-        """Attribute what happens inside to `scope` (linear, attention, norm, activation, refresh, ...); the innermost wins."""
-        frame = [scope, 0.0]
-        self._scopes.append(frame)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._scopes.pop()
-            self.scope_seconds[scope] += elapsed - frame[1]
-            if self._scopes:
-                self._scopes[-1][1] += elapsed
-
-    @contextmanager
-    def primitive(self, name: str, level: int, count: int) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        key = (self.scope, name)
-        self.counts[key] += count
-        self.seconds[key] += time.perf_counter() - start
-        self.trace.append(TraceEntry(self.scope, name, level, count))
-
-    def by_primitive(self) -> dict[str, float]:
-        return _sum_by(self.seconds, 1)
-
-    def by_op(self) -> dict[str, float]:
-        return dict(self.scope_seconds)
-
-    def operations(self) -> dict[str, int]:
-        return _sum_by(self.counts, 1)
-
-
-def _sum_by(counter: Counter, index: int) -> dict:
-    out: Counter = Counter()
-    for key, value in counter.items():
-        out[key[index]] += value
-    return dict(out)
-
-
 class HEBackend(ABC):
     """One backend bound to one parameter set. A server calls `load_evaluation_keys`; secret keys are only ever arguments."""
 
@@ -175,6 +108,11 @@ class HEBackend(ABC):
         """An encryption key anyone may hold."""
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
+        """Use these keys. Raises SecretKeyOnServerError for a secret key or anything that carries one, ParameterError for anything else."""
+        for item in (keys, *vars(keys).values()) if hasattr(keys, "__dict__") else (keys,):
+            refuse_secret_key(item, "load_evaluation_keys")
+        if not isinstance(keys, EvaluationKeys):
+            raise ParameterError(f"evaluation keys are made by generate_evaluation_keys, got {type(keys).__name__}")
         self.evaluation_keys = keys
 
     # ---- encoding and encryption ----
