@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from hf_he.ckks.ntt import COLUMNS, bit_reversal, evaluation_exponents, split_degree
-from hf_he.ckks.number_theory import centred, primitive_root_of_unity
+from hf_he.ckks.number_theory import powers, primitive_root_of_unity
 from hf_he.ckks.vector import JIT, WIDTH, add, ld, mm, mul, red, sp, st, sub
 
 EXACT_INTEGERS = 2.0**52
@@ -69,11 +69,7 @@ class CompactTransform:
         self.roots = np.empty((len(moduli), half))
         for k, q in enumerate(moduli):
             psi = primitive_root_of_unity(2 * ring_degree, q)
-            power, powers = 1, np.empty(ring_degree)
-            for i in range(ring_degree):
-                powers[i] = centred(power, q)
-                power = power * psi % q
-            self.roots[k] = powers[reversal]
+            self.roots[k] = powers(psi, ring_degree, q)[reversal]
         self.moduli = np.array([[q, 1 / q] for q in moduli])
         self._patterns: dict[int, np.ndarray] = {}
 

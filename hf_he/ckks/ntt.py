@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from hf_he.ckks.number_theory import centred, primitive_root_of_unity
+from hf_he.ckks.number_theory import powers, primitive_root_of_unity
 from hf_he.ckks.vector import JIT, add, ld, mm, mul, red, sp, st, sub, transpose8
 
 COLUMNS = 16
@@ -83,13 +83,8 @@ def make_tables(ring_degree: int, moduli: tuple[int, ...]) -> NTTTables:
     tables = NTTTables(np.zeros((count, 2)), np.zeros((count, 4, n1)), np.zeros((count, 4, n2)), np.zeros((count, 2, ring_degree)))
     for k, q in enumerate(moduli):
         psi = primitive_root_of_unity(order, q)
-        power, powers = 1, []
-        for _ in range(order):
-            powers.append(power)
-            power = power * psi % q
-        inverse_degree = pow(ring_degree, -1, q)
-        plain = np.array([centred(p, q) for p in powers], dtype=np.float64)
-        scaled = np.array([centred(p * inverse_degree, q) for p in powers], dtype=np.float64)
+        plain = powers(psi, order, q)
+        scaled = powers(psi, order, q, start=pow(ring_degree, -1, q))
         tables.moduli[k] = q, 1 / q
         for roots, index in ((tables.roots1[k], n2 * rev1), (tables.roots2[k], n1 * rev2)):
             roots[0], roots[2] = plain[index], plain[-index % order]

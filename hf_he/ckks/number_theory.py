@@ -1,8 +1,10 @@
-"""Python-integer number theory for tables: primes, roots of unity, centred residues. Nothing here is on a hot path."""
+"""Exact number theory for tables: primes, roots of unity and their powers, centred residues. Nothing here is on a hot path."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import numpy as np
 
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -62,3 +64,23 @@ def centred(value: int, modulus: int) -> int:
     """The representative of value in (-modulus/2, modulus/2]."""
     value %= modulus
     return value - modulus if value > modulus // 2 else value
+
+
+def powers(base: int, count: int, modulus: int, start: int = 1) -> np.ndarray:
+    """[count] float64: start * base^i mod `modulus` in (-modulus/2, modulus/2], modulus below 2^50. The known part is multiplied by the next power."""
+    out = np.full(count, start % modulus, dtype=np.uint64)
+    known = 1
+    while known < count:
+        more = min(known, count - known)
+        out[known : known + more] = _multiply(out[:more], pow(base, known, modulus), modulus)
+        known += more
+    values = out.astype(np.int64)
+    return np.where(values > modulus // 2, values - modulus, values).astype(np.float64)
+
+
+def _multiply(x: np.ndarray, factor: int, modulus: int) -> np.ndarray:
+    """x * factor mod modulus by Horner's rule in digits of 13 bits: with everything below 2^50, no sum leaves 64 bits."""
+    total = np.zeros_like(x)
+    for shift in (39, 26, 13, 0):
+        total = ((total << np.uint64(13)) + x * np.uint64(factor >> shift & 8191)) % np.uint64(modulus)
+    return total
