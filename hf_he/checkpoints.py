@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
-from hf_he.errors import CorruptFileError, DataError
+from hf_he.errors import CorruptFileError, DataError, HEError
 
 DEFAULT_MODEL = "he-bert-tiny-mr"
 
@@ -48,9 +49,17 @@ def model_fingerprint(directory: str | Path) -> str:
 
 
 def load_classifier(directory: str | Path) -> torch.nn.Module:
-    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds no model."""
+    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds no model, CorruptFileError for a damaged one.
+
+    Weights are read from safetensors only: those the fingerprint covers, and nothing that unpickling could execute.
+    """
     model_fingerprint(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    model.eval()
-    model.set_mode("polynomial")
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        model.eval()
+        model.set_mode("polynomial")
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        if isinstance(error, HEError):
+            raise
+        raise CorruptFileError(f"{directory} holds no usable polynomial-mode classifier ({type(error).__name__}): copy or convert the model again") from error
     return model

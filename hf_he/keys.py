@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
+from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
 from hf_he.serialization import peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
 BOOTSTRAPPING_FOLDER = "bootstrapping"
+
+_BYTES = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ServerKeys:
     backend: str
     parameters: CKKSParameters
     evaluation: EvaluationKeys
+
+    def __post_init__(self) -> None:
+        refuse_secret_key(self.evaluation, "the set of keys for a server")
 
     @property
     def key_id(self) -> str:
@@ -45,15 +51,15 @@ class ServerKeys:
             return source
         if isinstance(source, SecretKeyBase | Keys):
             raise SecretKeyOnServerError(f"{what} was handed a secret key: give it the evaluation keys (`keys.evaluation`, or the file {EVALUATION_FILE})")
-        if not isinstance(source, str | Path | bytes):
+        if not isinstance(source, str | Path | _BYTES):
             raise ParameterError(f"evaluation keys are a file, bytes or ServerKeys, got {type(source).__name__}: pass `keys.evaluation`")
-        data = source if isinstance(source, bytes) else read_file(source, "evaluation-key")
+        data = bytes(source) if isinstance(source, _BYTES) else read_file(source, "evaluation-key")
         kind, name, parameters = describe_key_file(data)
         if kind == "secret_key":
             raise SecretKeyOnServerError(f"{what} was handed a secret-key file: give it {EVALUATION_FILE} instead, and keep {SECRET_FILE} with the client")
         backend = get_backend(name, parameters)
         evaluation = backend.deserialize(data, "evaluation_keys")
-        if bootstrapping and not isinstance(source, bytes) and backend.capabilities()["bootstrap"]:
+        if bootstrapping and not isinstance(source, _BYTES) and backend.capabilities()["bootstrap"]:
             evaluation = backend.load_bootstrapping_keys(evaluation, Path(source).parent / BOOTSTRAPPING_FOLDER)
         return cls(name, parameters, evaluation)
 
@@ -124,6 +130,8 @@ class Keys:
         if public.key_id != secret.key_id:
             raise WrongKeyError(f"{folder} mixes keys {secret.key_id} and {public.key_id}: make a new key folder with `hf-he keygen`")
         evaluation = ServerKeys.load(folder / EVALUATION_FILE) if with_evaluation else None
+        if evaluation is not None and evaluation.key_id != secret.key_id:
+            raise WrongKeyError(f"{folder} mixes keys {secret.key_id} and {evaluation.key_id}: make a new key folder with `hf-he keygen`")
         return cls(backend, secret, public, evaluation)
 
 

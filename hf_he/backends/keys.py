@@ -38,6 +38,6 @@ class SecretKeyBase:
 
 
 def refuse_secret_key(item: object, where: str) -> None:
-    """Raise SecretKeyOnServerError when `item` is a secret key; `where` names the server object or call it was handed to."""
-    if isinstance(item, SecretKeyBase):
+    """Raise SecretKeyOnServerError when `item` is a secret key or has one as an attribute; `where` names what it was handed to."""
+    if any(isinstance(held, SecretKeyBase) for held in (item, *getattr(item, "__dict__", {}).values())):
         raise SecretKeyOnServerError(f"{where} was handed a secret key: a server holds evaluation keys only, the secret key stays with the client")
