@@ -109,8 +109,7 @@ class HEBackend(ABC):
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
         """Use these keys. Raises SecretKeyOnServerError for a secret key or anything that carries one, ParameterError for anything else."""
-        for item in (keys, *vars(keys).values()) if hasattr(keys, "__dict__") else (keys,):
-            refuse_secret_key(item, "load_evaluation_keys")
+        refuse_secret_key(keys, "load_evaluation_keys")
         if not isinstance(keys, EvaluationKeys):
             raise ParameterError(f"evaluation keys are made by generate_evaluation_keys, got {type(keys).__name__}")
         self.evaluation_keys = keys
