@@ -6,11 +6,12 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process since it was started (high-water mark of its own address space)."""
+    """Peak resident memory of this process since it was started or `begin_peak_period` (high-water mark of its own address space)."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -19,6 +20,14 @@ def peak_memory_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def begin_peak_period() -> int:
+    """The peak so far; from here on `peak_memory_bytes` measures afresh where the system allows that (Linux)."""
+    peak = peak_memory_bytes()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak
 
 
 def usable_cores() -> int:

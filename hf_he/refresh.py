@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Protocol
 
 from hf_he.backends.base import Ciphertext, HEBackend
 from hf_he.errors import BackendUnavailableError, HEError, RefreshError
+from hf_he.turns import Turns
 
 
 class RefreshPolicy(Protocol):
-    """Turns a ciphertext into one of the same values with at least `level` levels. `count` is how often it did."""
+    """Turns a ciphertext into one of the same values with at least `level` levels. `count` is how often it did.
+
+    `lanes` batches run in `turns`, because refreshing them together costs less.
+    """
 
     count: int
+    lanes: int
+    turns: Turns
 
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext: ...
 
@@ -25,8 +32,11 @@ class ClientRefresh:
     Every refresh is one message each way.
     """
 
+    lanes = 1
+
     def __init__(self, callback: Callable[[bytes], bytes]) -> None:
         self.callback = callback
+        self.turns = Turns()
         self.count = 0
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -54,17 +64,29 @@ class ClientRefresh:
 class BootstrapRefresh:
     """Bootstrapping on the server, without the client: no round trips, a larger ring, an error of about 1e-4 per refresh.
 
+    Ciphertexts of `lanes` batches that run in `turns` are bootstrapped together, since one bootstrap carries two real ciphertexts.
     Values may be larger than 1 as long as the polynomial's coefficients stay well below q_0 / scale (hidden states do: their features
     differ in sign). Raises BackendUnavailableError for a backend or parameters that cannot bootstrap.
     """
+
+    lanes = 2
 
     def __init__(self, backend: HEBackend) -> None:
         if not backend.capabilities()["bootstrap"]:
             raise BackendUnavailableError(
                 f"the {backend.name} backend does not bootstrap with these parameters: use the parameter set n16-bootstrap, or --refresh client"
             )
+        self.turns = Turns(backend.log.suspended)
         self.count = 0
 
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
         self.count += 1
-        return backend.bootstrap(ct)
+        return self.turns.meet(backend.match_level(ct, 0), lambda cts: _bootstrap(backend, cts))
+
+
+def _bootstrap(backend: HEBackend, cts: list[Ciphertext]) -> list[Ciphertext]:
+    """All of them in one call, whatever their batch shapes."""
+    flat = [backend.take(backend.reshape(ct, (ct.count,)), i) for ct in cts for i in range(ct.count)]
+    fresh = backend.bootstrap(backend.stack(flat))
+    ends = list(accumulate(ct.count for ct in cts))
+    return [backend.reshape(backend.take(fresh, slice(end - ct.count, end)), ct.batch_shape) for ct, end in zip(cts, ends, strict=True)]

@@ -60,7 +60,8 @@ class Sentence:
 class InferenceResult:
     """Sentences with decrypted logits, the server's report, and what the client measured.
 
-    `seconds` may hold keygen, encrypt and decrypt; `sizes` evaluation_keys, ciphertext_in and ciphertext_out (bytes).
+    `seconds` may hold keygen, encrypt and decrypt; `sizes` evaluation_keys, ciphertext_in and ciphertext_out (bytes). `setup_peak` is the peak
+    memory of this process while there was no server process, if measured apart.
     """
 
     sentences: Sequence[Sentence]
@@ -68,6 +69,7 @@ class InferenceResult:
     label_names: Mapping[int, str] = field(repr=False, default_factory=dict)
     seconds: Mapping[str, float] = field(repr=False, default_factory=dict)
     sizes: Mapping[str, int] = field(repr=False, default_factory=dict)
+    setup_peak: int = field(repr=False, default=0)
 
     @property
     def answered(self) -> list[Sentence]:
@@ -116,8 +118,8 @@ class InferenceResult:
             "operations": report["operations"],
             "refreshes": report["refreshes"],
             "bootstraps": report["bootstraps"],
-            "peak_memory_gb": (client_peak + server_peak) / 1e9,
-            "peak_memory_gb_by_process": {"client": client_peak / 1e9, "server": server_peak / 1e9},
+            "peak_memory_gb": max(self.setup_peak, client_peak + server_peak) / 1e9,
+            "peak_memory_gb_by_process": {"client": max(self.setup_peak, client_peak) / 1e9, "server": server_peak / 1e9},
             "bytes": {name: self.sizes.get(name) for name in ("evaluation_keys", "ciphertext_in", "ciphertext_out")},
         }
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,23 @@ class Server:
 
     def _forward(self, work: Work, progress: Progress | None) -> tuple[Ciphertext, list[float]]:
         logits, seconds = [], []
-        for index in range(work.batches):
-            self._position = {"state": "running", "batch": index + 1, "batches": work.batches, "start": len(self.backend.log.trace)}
+        policy = self.session.refresh
+        for first in range(0, work.batches, policy.lanes):
+            self._position = {"state": "running", "batch": first + 1, "batches": work.batches, "start": len(self.backend.log.trace)}
             if progress:
                 progress(self.progress())
             start = time.perf_counter()
-            hidden = self.session.hidden_state(self.backend.take(work.embeddings, index))
-            mask = self.session.attention_mask(self.backend.take(work.attention_mask, index))
-            with torch.no_grad():
-                output: EncryptedTensor = self.model(embedding_output=hidden, attention_mask=mask).logits
-            logits.append(output.ciphertext)
-            seconds.append(time.perf_counter() - start)
+            lanes = range(first, min(first + policy.lanes, work.batches))
+            logits += policy.turns.run([partial(self._classify, work, index) for index in lanes])
+            seconds += [(time.perf_counter() - start) / len(lanes)] * len(lanes)
         return self.backend.stack(logits), seconds
+
+    def _classify(self, work: Work, index: int) -> Ciphertext:
+        hidden = self.session.hidden_state(self.backend.take(work.embeddings, index))
+        mask = self.session.attention_mask(self.backend.take(work.attention_mask, index))
+        with torch.no_grad():
+            output: EncryptedTensor = self.model(embedding_output=hidden, attention_mask=mask).logits
+            return output.ciphertext
 
     def _ask_client(self, data: bytes) -> bytes:
         if self._client is None:

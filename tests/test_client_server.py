@@ -363,6 +363,17 @@ class TestRefresh:
         assert data["refreshes"] == 0 and data["bootstraps"] > 0 and data["operations"]["bootstrap"] == data["bootstraps"]
         assert data["agreement"] == 1.0 and data["max_logit_error"] < 1e-2
 
+    def test_two_batches_share_their_bootstraps(self, model, tmp_path):
+        client = Client.from_pretrained(model, backend="simulator", parameters="n16-bootstrap")
+        client.keygen(bootstrapping=True).save(tmp_path)
+        server = Server(model, tmp_path / "evaluation.keys", refresh="bootstrap")
+        alone = client.infer(server, SENTENCES[:1]).report["operations"]["bootstrap"]
+        lanes = client.packing.sequences
+        result = client.infer(server, (SENTENCES * lanes)[: 2 * lanes + 1])
+        runs = [count for _, primitive, _, count in result.report["trace"] if primitive == "bootstrap"]
+        assert result.agreement == 1.0 and len(result.report["seconds_by_batch"]) == 3
+        assert runs == [2] * alone + [1] * alone
+
     def test_parameters_that_do_not_bootstrap(self, model, client):
         with pytest.raises(BackendUnavailableError, match="--refresh client"):
             Server(model, client.keys.evaluation, refresh="bootstrap")

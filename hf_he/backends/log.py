@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,11 +30,28 @@ class OperationLog:
         self.seconds: Counter[tuple[str, str]] = Counter()
         self.scope_seconds: Counter[str] = Counter()
         self.trace: list[TraceEntry] = []
-        self._scopes: list[list[Any]] = []
+        self._own = threading.local()
+
+    @property
+    def _scopes(self) -> list[list[Any]]:
+        """Open scopes of this thread: name and seconds that do not count."""
+        if not hasattr(self._own, "scopes"):
+            self._own.scopes = []
+        return self._own.scopes
 
     @property
     def scope(self) -> str:
         return self._scopes[-1][0] if self._scopes else "other"
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Time inside counts for no scope: another thread is working."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._scopes:
+                self._scopes[-1][1] += time.perf_counter() - start
 
     @contextmanager
     def measure(self, scope: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from hf_he.data import load_dataset
 from hf_he.errors import DataError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
 from hf_he.local_server import local_server
+from hf_he.measurement import begin_peak_period
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import InferenceResult
 from hf_he.scripts.display import (
@@ -63,6 +64,7 @@ def run_demo(
             client.use_keys(replace(keys, evaluation=None))
             del keys
         seconds["keygen"] = time.perf_counter() - began
+        setup_peak = begin_peak_period()
         server_keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
         say(f"keys: {server_keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
 
@@ -75,7 +77,8 @@ def run_demo(
     seconds["total"] = time.perf_counter() - start
     if trace is not None:
         write_file(trace, "".join(f"{scope} {name} {level} {count}\n" for scope, name, level, count in result.report["trace"]).encode())
-    return replace(result, seconds={**result.seconds, **seconds}, sizes={**result.sizes, "evaluation_keys": server_keys})
+    sizes = {**result.sizes, "evaluation_keys": server_keys}
+    return replace(result, seconds={**result.seconds, **seconds}, sizes=sizes, setup_peak=setup_peak)
 
 
 def demo(
