@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
+from hf_he.ckks.parameters import COSINE_BITS, TRANSFORM_STAGES, CKKSParameters
 from hf_he.errors import BackendUnavailableError, ParameterError
 
 PAIR_BITS = 40
@@ -19,8 +19,6 @@ EPHEMERAL_WEIGHT = 32
 OVERFLOW_BOUND = 13
 """Largest multiple of q_0 that ModRaise may add. Multiples are sums of 33 uniforms, of standard deviation 1.66: see `overflow_probability`."""
 DOUBLE_ANGLES = 3
-MESSAGE_BOUND = 1.0
-"""Magnitude of the slot values that bootstrapping is specified for."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class BootstrapPlan:
     def __post_init__(self) -> None:
         if not self.parameters.bootstrap_moduli:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
-        if len(self.levels) <= DOUBLE_ANGLES:
-            raise ParameterError("too few bootstrapping moduli: build the parameters with from_bits(..., bootstrap=True)")
+        if len(self.levels) != len(COSINE_BITS) + 1 or self.levels[-1] != self.bottom + TRANSFORM_STAGES:
+            raise ParameterError("these bootstrapping moduli have another structure than ours: build the parameters with from_bits(..., bootstrap=True)")
 
     @cached_property
     def full(self) -> CKKSParameters:
@@ -57,7 +55,7 @@ class BootstrapPlan:
         moduli = self.parameters.full_moduli
         limbs = self.top - TRANSFORM_STAGES
         out = [limbs]
-        while limbs > self.bottom + TRANSFORM_STAGES:
+        while limbs > self.bottom + TRANSFORM_STAGES + 1 or (limbs > self.bottom + TRANSFORM_STAGES and moduli[limbs - 1] >= 1 << PAIR_BITS):
             limbs -= 2 if moduli[limbs - 1] < 1 << PAIR_BITS else 1
             out.append(limbs)
         return tuple(out)

@@ -19,7 +19,7 @@ from hf_he.ckks.keys import SecretKey
 from hf_he.ckks.ntt import bit_reversal
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.ckks.random import Stream
-from hf_he.errors import BackendUnavailableError
+from hf_he.errors import BackendUnavailableError, ParameterError
 
 pytestmark = pytest.mark.filterwarnings("ignore:CKKS parameters with N")
 
@@ -150,6 +150,15 @@ def test_ephemeral_secret_has_its_weight():
 def test_parameters_without_bootstrapping_moduli():
     with pytest.raises(BackendUnavailableError, match="n16-bootstrap"):
         BootstrapPlan(parameter_set("n13"))
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 17])
+def test_parameters_with_other_bootstrapping_moduli(count):
+    """As a file could hold them."""
+    data = parameter_set("n16-bootstrap").to_dict()
+    data["bootstrap_moduli"] = data["bootstrap_moduli"][:count]
+    with pytest.raises(ParameterError, match="structure"):
+        BootstrapPlan(CKKSParameters.from_dict(data))
 
 
 def test_named_set_is_secure_and_leaves_levels():
