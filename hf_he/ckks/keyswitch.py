@@ -8,7 +8,7 @@ from numba import njit, prange
 from hf_he.ckks.arithmetic import SUM_CHUNK
 from hf_he.ckks.conversion import HOISTED, convert_block, inner_product, scale_block
 from hf_he.ckks.ntt import COLUMNS, PAD, forward, forward_first, forward_rest, forward_second, inverse, reduce_row
-from hf_he.ckks.vector import JIT, add, ld, mm, red, sp, st, sub
+from hf_he.ckks.vector import JIT, add, gather, ld, mm, red, sp, st, sub
 
 
 @njit(parallel=True, **JIT)
@@ -115,8 +115,8 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
             else:
                 st(out, o + c, z)
         if moving:
-            for c in range(block):
-                out[o + c] = u[permutation[o + c] - source]
+            for c in range(0, block, 8):
+                st(out, o + c, gather(u, permutation, o + c, source))
 
 
 @njit(parallel=True, **JIT)
@@ -163,12 +163,11 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
 @njit(**JIT)
 def _accumulate(x, permutation, out, first):
     """out (+)= x[permutation]."""
-    if first:
-        for c in range(out.size):
-            out[c] = x[permutation[c]]
-    else:
-        for c in range(out.size):
-            out[c] += x[permutation[c]]
+    for c in range(0, out.size, 8):
+        z = gather(x, permutation, c, 0)
+        if not first:
+            z = add(z, ld(out, c))
+        st(out, c, z)
 
 
 @njit(**JIT)

@@ -84,6 +84,24 @@ def ld(typingctx, array, index):
 
 
 @intrinsic
+def gather(typingctx, array, indices, position, offset):
+    """array[indices[position + i] - offset] for lanes i, indices int32: one full-width store can take the place of eight narrow ones."""
+
+    def generate(context, builder, signature, args):
+        array, indices, position, offset = args
+        data = context.make_array(signature.args[0])(context, builder, array).data
+        chosen = context.make_array(signature.args[1])(context, builder, indices).data
+        lanes = ir.Constant(_VECTOR, ir.Undefined)
+        for i in range(WIDTH):
+            index = builder.load(builder.gep(chosen, [builder.add(position, ir.Constant(position.type, i))]))
+            element = builder.gep(data, [builder.sub(builder.sext(index, position.type), offset)])
+            lanes = builder.insert_element(lanes, builder.load(element), _INT32(i))
+        return lanes
+
+    return vector8(array, indices, types.intp, types.intp), generate
+
+
+@intrinsic
 def st(typingctx, array, index, value):
     """Store eight doubles."""
 
