@@ -106,6 +106,16 @@ def serve(
 
 
 @app.command()
+def plan(
+    model: Model = None,
+    parameters: Parameters = "n14",
+    json_output: Json = False,
+) -> None:
+    """Show at which level each operation will run, and what refreshes, keys and time that takes; no keys are made."""
+    _load("plan").plan(model, parameters, json_output)
+
+
+@app.command()
 def env(json_output: Json = False) -> None:
     """Show versions, CPU features, backends and parameter sets."""
     _load("env").env(json_output)

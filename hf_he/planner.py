@@ -21,6 +21,8 @@ from torch import nn
 
 from hf_he.backends.base import Plaintext
 from hf_he.backends.counting import CountingBackend
+from hf_he.ckks.bootstrapping.keys import rotation_steps
+from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.ops import polynomial
 from hf_he.ops.attention import SCORE_DEPTH
@@ -88,6 +90,24 @@ def make_plan(model: nn.Module, parameters: CKKSParameters, packing: Packing) ->
         backend.reset()
         _run(lambda: model(embedding_output=session.state(session.top), attention_mask=session.mask()).logits)
     return Plan(levels, backend.rotation_levels, backend.relinearization_level, tuple(backend.refreshes), backend.log.operations(), dict(backend.seconds))
+
+
+def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:
+    """Number of keys and their bytes in memory and in files, for the model and, where the parameters bootstrap, for bootstrapping.
+
+    In memory a residue takes 8 bytes; files hold one half of each key in ceil(b / 8) bytes per residue of a b-bit modulus, and a seed.
+    """
+
+    def size(count: int, chain: tuple[int, ...]) -> dict[str, int]:
+        residues = -(-len(chain) // parameters.digit_size) * parameters.ring_degree
+        packed = sum(-(-modulus.bit_length() // 8) for modulus in (*chain, *parameters.special_moduli))
+        return {"count": count, "memory": 16 * count * residues * (len(chain) + len(parameters.special_moduli)), "files": count * residues * packed}
+
+    sizes = {"model": size(1 + len(plan.rotations), parameters.moduli)}
+    if parameters.bootstrap_moduli:
+        # rotations of the transforms; relinearisation, conjugation, and the key from the sparse secret to the main one
+        sizes["bootstrapping"] = size(len(rotation_steps(BootstrapPlan(parameters))) + 3, parameters.full_moduli)
+    return sizes
 
 
 def _is_chain(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from hf_he import errors
 from hf_he.ckks.parameters import PARAMETER_SETS
 from hf_he.cli import app, main
 
-COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "env", "train", "convert", "evaluate", "bench")
+COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "plan", "env", "train", "convert", "evaluate", "bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -95,6 +95,16 @@ def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
     monkeypatch.setattr(InferenceResult, "agreement", property(lambda self: 0.98))
     monkeypatch.setattr(demo, "local_server", in_this_process)
     run("demo", "--model", model, "--backend", "simulator", "--text", text, "--json", code=1)
+
+
+@pytest.mark.parametrize(("parameters", "policy"), [("n14", "client"), ("n16-bootstrap", "bootstrap")])
+def test_plan_needs_no_keys(model, parameters, policy):
+    data = json.loads(run("plan", "--model", model, "--parameters", parameters, "--json"))
+    assert data["refresh"] == policy and {refresh["ciphertexts"] for refresh in data["refreshes"]} == {1}
+    assert {row["kind"] for row in data["placement"]} == {"attention", "norm", "activation"}
+    assert data["key_bytes"]["model"]["count"] == 1 + len(data["rotations"]) and sum(data["seconds"].values()) > 0
+    assert ("bootstrapping" in data["key_bytes"]) == (policy == "bootstrap")
+    assert "Placement of a batch" in run("plan", "--model", model, "--parameters", parameters)
 
 
 def test_demo_says_when_the_parameters_do_not_bootstrap(model, text):

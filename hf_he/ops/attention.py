@@ -100,15 +100,15 @@ def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotat
     """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0.
 
     Each diagonal is summed into the window of its giant step by rotate-and-add, and from there into its own feature by the transpose of
-    what copies it back later: masks that also carry `factor`, summed over the diagonals, then one rotation per offset.
+    what copies it back later: masks that also carry `factor`, summed over the diagonals, then one rotation per offset. One giant step after
+    another, because all squares at once would take gigabytes.
     """
     backend, stride, b = context.backend, context.packing.token_stride, layout.babies
     rotated_q = backend.rotate(q, [-g * b * stride for g in range(layout.giants)])
-    difference = backend.subtract(backend.reshape(rotated_k, (1, b)), backend.reshape(rotated_q, (layout.giants, 1)))
-    squares = backend.relinearize(backend.rescale(backend.multiply(difference, difference)))
     sums = []
     for g in range(layout.giants):
-        partial = backend.take(squares, g)
+        difference = backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
+        partial = backend.relinearize(backend.rescale(backend.multiply(difference, difference)))
         for step in window_steps(layout, layout.window(g)):
             partial = reduce.rotate_and_add(context, partial, step)
         sums.append(partial)

@@ -1,0 +1,66 @@
+"""`hf-he plan`: levels, refreshes, keys, time and memory of an encrypted run, computed without keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hf_he.checkpoints import default_model, load_classifier
+from hf_he.ckks.parameters import CKKSParameters, parameter_set
+from hf_he.packing import Packing
+from hf_he.planner import Plan, key_sizes, make_plan
+from hf_he.protocol import SEQUENCE_LENGTH
+from hf_he.refresh import BootstrapRefresh
+from hf_he.scripts.display import console, print_json
+
+
+def collect(model: Path | None, parameters: str) -> dict[str, Any]:
+    """Everything `hf-he plan` shows, JSON-ready."""
+    classifier, chosen = load_classifier(model or default_model()), parameter_set(parameters)
+    packing = Packing.fit(chosen.slots, classifier.config.hidden_size, SEQUENCE_LENGTH)
+    return describe(make_plan(classifier, chosen, packing), chosen, packing) | {"parameters": parameters}
+
+
+def describe(plan: Plan, parameters: CKKSParameters, packing: Packing) -> dict[str, Any]:
+    """A plan, JSON-ready. `seconds` are of one packed batch on one core, `key_bytes` of memory and of files."""
+    bootstraps = bool(parameters.bootstrap_moduli)
+    return {
+        "ring_degree": parameters.ring_degree,
+        "levels": parameters.max_level,
+        "sequences_per_batch": packing.sequences,
+        "placement": [{"module": name, "kind": type(at).__name__.removesuffix("Levels").lower(), **asdict(at)} for name, at in plan.levels.items()],
+        "refresh": "bootstrap" if bootstraps else "client",
+        "batches_per_refresh": BootstrapRefresh.lanes if bootstraps else 1,
+        "refreshes": [{"level": level, "ciphertexts": count} for level, count in plan.refreshes],
+        "rotations": {str(step): level for step, level in sorted(plan.rotations.items())},
+        "relinearization_level": plan.relinearization,
+        "operations": plan.operations,
+        "seconds": plan.seconds,
+        "key_bytes": key_sizes(plan, parameters),
+    }
+
+
+def plan(model: Path | None, parameters: str, json_output: bool) -> None:
+    """Print the plan as tables or JSON."""
+    data = collect(model, parameters)
+    if json_output:
+        print_json(data)
+        return
+    placement = Table("module", "operation", "levels", title=f"Placement of a batch of {data['sequences_per_batch']} sentences, levels 0 to {data['levels']}")
+    for row in data["placement"]:
+        levels = ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("module", "kind"))
+        placement.add_row(row["module"], row["kind"], levels)
+    console.print(placement if data["placement"] else "this architecture is placed while it runs, operation by operation")
+    facts = Table(show_header=False, title="Run")
+    widths = [row["ciphertexts"] for row in data["refreshes"]]
+    how = f"by bootstrapping, {data['batches_per_refresh']} batches together" if data["refresh"] == "bootstrap" else "by the client, a round trip each"
+    facts.add_row("refreshes", f"{len(widths)} of {min(widths, default=0)} to {max(widths, default=0)} ciphertexts, {how}")
+    facts.add_row("rotations", f"{data['operations'].get('rotate', 0):,} with {len(data['rotations'])} keys, at levels up to {max(data['rotations'].values())}")
+    for name, sizes in data["key_bytes"].items():
+        facts.add_row(f"{name} keys", f"{sizes['count']} keys, {sizes['memory'] / 1e9:.2f} GB in memory, {sizes['files'] / 1e9:.2f} GB in files")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in data["seconds"].items())
+    facts.add_row("time on one core", f"about {sum(data['seconds'].values()):.0f} s a batch ({seconds})")
+    console.print(facts)
