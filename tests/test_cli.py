@@ -100,7 +100,7 @@ def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
 @pytest.mark.parametrize(("parameters", "policy"), [("n14", "client"), ("n16-bootstrap", "bootstrap")])
 def test_plan_needs_no_keys(model, parameters, policy):
     data = json.loads(run("plan", "--model", model, "--parameters", parameters, "--json"))
-    assert data["refresh"] == policy and {refresh["ciphertexts"] for refresh in data["refreshes"]} == {1}
+    assert data["refresh"] == policy and all(refresh["ciphertexts"] > 0 for refresh in data["refreshes"])
     assert {row["kind"] for row in data["placement"]} == {"attention", "norm", "activation"}
     assert data["key_bytes"]["model"]["count"] == 1 + len(data["rotations"]) and sum(data["seconds"].values()) > 0
     assert ("bootstrapping" in data["key_bytes"]) == (policy == "bootstrap")
