@@ -29,7 +29,7 @@ from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError, WrongKeyError
-from hf_he.serialization import pack, read_file, unpack, unpack_for, write_file
+from hf_he.serialization import pack, read_file, unpack_for, write_file
 
 TERNARY_VARIANCE = 2.0 / 3.0
 ROUNDING_VARIANCE = 1.0 / 12.0
@@ -137,10 +137,9 @@ class SimulatorBackend(HEBackend):
         return len(data)
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
-        _, metadata = unpack(read_file(Path(folder) / "simulated.keys", "bootstrapping-key"), "bootstrapping_keys")
-        if metadata.get("fingerprint") != self.parameters.fingerprint:
-            raise ParameterError("the bootstrapping keys were made for other CKKS parameters: make them again with `hf-he keygen --bootstrapping`")
-        if metadata.get("key_id") != keys.key_id:
+        data = read_file(Path(folder) / "simulated.keys", "bootstrapping-key")
+        _, metadata = unpack_for(data, "bootstrapping_keys", self.name, self.parameters.fingerprint)
+        if metadata["key_id"] != keys.key_id:
             raise WrongKeyError(f"the bootstrapping keys do not belong to key {keys.key_id}: use one key folder")
         return replace(keys, bootstrapping=keys.key_id)
 

@@ -160,6 +160,28 @@ def test_huge_declarations_allocate_nothing(party):
     assert outcomes["accepted"] == 0
 
 
+@pytest.mark.parametrize("name", ["native", "simulator"])
+def test_bootstrapping_key_folders(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend = get_backend(name, CKKSParameters.from_bits(10, 50, 40, 2, 50, 4, insecure=True, bootstrap=True))
+    keys = backend.generate_evaluation_keys(backend.generate_secret_key(), [1], bootstrapping=True)
+    backend.save_bootstrapping_keys(keys, tmp_path)
+    path = min(tmp_path.iterdir())
+    right, kind, rng, outcomes = path.read_bytes(), peek(path.read_bytes())[0], generator(name, "bootstrapping"), Outcomes()
+    for _ in range(120):
+        must_fail = rng.random() < 0.5
+        how, data = damaged(right, rng) if must_fail else sealed(right, kind, rng)
+        path.write_bytes(data)
+        with outcomes.expect(f"{name} {path.name} {how}", must_fail=must_fail):
+            loaded = backend.load_bootstrapping_keys(keys, tmp_path)
+            assert loaded.key_id == keys.key_id and loaded.bootstrapping is not None
+    path.unlink()
+    path.mkdir()
+    with outcomes.expect("a folder in place of a key", must_fail=True):
+        backend.load_bootstrapping_keys(keys, tmp_path)
+
+
 def test_packed_residues():
     rng, outcomes = generator("residues"), Outcomes()
     for _ in range(1500):
@@ -204,7 +226,7 @@ def test_key_folders(key_folder, tmp_path):
     kinds = {"secret.key": "secret_key", "public.key": "public_key", "evaluation.keys": "evaluation_keys"}
     rng, outcomes = generator("folder"), Outcomes()
     shutil.copytree(key_folder, tmp_path, dirs_exist_ok=True)
-    for _ in range(1200):
+    for _ in range(800):
         name = rng.choice(sorted(kinds))
         if rng.random() < 0.3:
             how, data = damaged(files[name], rng)

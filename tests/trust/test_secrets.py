@@ -238,6 +238,7 @@ class TestFiles:
             Keys.load(tmp_path, with_evaluation=True)
 
 
+@pytest.mark.slow
 def test_a_whole_inference_between_two_processes(tmp_path, monkeypatch):
     """Native keys, a server process of its own, refreshes: every message in both directions and every file but secret.key is searched."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))

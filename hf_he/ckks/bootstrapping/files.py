@@ -14,11 +14,11 @@ import numpy as np
 from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, ephemeral_parameters, galois_elements
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.context import Context, context_for
-from hf_he.ckks.files import _pack_rows, _width
+from hf_he.ckks.files import BACKEND, _pack_rows, _width
 from hf_he.ckks.keys import SwitchingKeys
 from hf_he.ckks.random import SEED_BYTES
-from hf_he.errors import CorruptFileError, ParameterError
-from hf_he.serialization import pack, unpack, unpack_residues, write_file
+from hf_he.errors import CorruptFileError
+from hf_he.serialization import pack, unpack_for, unpack_residues, write_file
 
 KIND = "bootstrapping_key"
 _GALOIS, _RAISE, _LOWER = "galois", "raise", "lower"
@@ -43,7 +43,7 @@ def save(keys: BootstrappingKeys, plan: BootstrapPlan, key_id: str, folder: str 
         for i in range(len(part.residues)):
             arrays = {f"residues.{k}": _pack_rows(part.half(i, k), q) for k, q in enumerate(context.chain)}
             arrays["seed"] = part.seeds[i]
-            metadata = {"backend": "native", "parameters": json.dumps(plan.parameters.to_dict()), "fingerprint": plan.parameters.fingerprint}
+            metadata = {"backend": BACKEND, "parameters": json.dumps(plan.parameters.to_dict()), "fingerprint": plan.parameters.fingerprint}
             data = pack(KIND, arrays, {**metadata, "key_id": key_id, "group": group, "index": str(i)})
             write_file(folder / _file_name(group, i), data)
             total += len(data)
@@ -73,12 +73,10 @@ def _read(path: Path, group: str, i: int, context: Context, fingerprint: str, ke
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise CorruptFileError(f"{path.name} cannot be read ({error}): make the bootstrapping keys again with `hf-he keygen --bootstrapping`") from None
-    arrays, metadata = unpack(memoryview(data), KIND)
-    if metadata.get("fingerprint") != fingerprint:
-        raise ParameterError(f"{path.name} was made for other CKKS parameters: make the bootstrapping keys again with `hf-he keygen --bootstrapping`")
+    arrays, metadata = unpack_for(memoryview(data), KIND, BACKEND, fingerprint)
     shapes = {f"residues.{k}": (context.dnum, context.ring_degree, _width(q)) for k, q in enumerate(context.chain)} | {"seed": (SEED_BYTES,)}
     shaped = {key: array.shape for key, array in arrays.items()} == shapes and all(array.dtype == np.uint8 for array in arrays.values())
-    if not shaped or metadata.get("group") != group or metadata.get("index") != str(i) or "key_id" not in metadata:
+    if not shaped or metadata.get("group") != group or metadata.get("index") != str(i):
         raise CorruptFileError(f"{path.name} does not hold the key its name says: make the bootstrapping keys again with `hf-he keygen --bootstrapping`")
     for k, q in enumerate(context.chain):
         b[:, k] = unpack_residues(arrays[f"residues.{k}"], q)
