@@ -10,7 +10,10 @@ from hf_he.ops.operand import Operand
 
 
 class WaitingSum(Operand):
-    """a + b at the lower of their levels, computed when first read, no higher than its consumer asks. No level."""
+    """a + b at the lower of their levels, computed when first read, no higher than its consumer asks. No level.
+
+    A residual sum is what a state is needed for last, so the rotations kept for its linear maps are let go of.
+    """
 
     def __init__(self, a: Operand, b: Operand) -> None:
         super().__init__(a.context, a.features, pooled=a.pooled)
@@ -32,6 +35,8 @@ class WaitingSum(Operand):
             with self.context.backend.log.measure("linear"):
                 a, b = (summand.at(level) for summand in self._summands)
                 self._ciphertext = self.context.backend.add(a, b)
+            for summand in self._summands:
+                summand.forget_babies()
             self._summands = None
         return super().ciphertext
 

@@ -56,3 +56,7 @@ class Operand:
         rotated = backend.rotate(backend.drop_level(self.ciphertext, level), range(count))
         self._babies[count, level] = rotated
         return rotated
+
+    def forget_babies(self) -> None:
+        """Free the kept rotations, hundreds of megabytes at N = 2^16; another linear map would compute them again."""
+        self._babies.clear()
