@@ -161,6 +161,7 @@ def test_huge_declarations_allocate_nothing(party):
 
 
 @pytest.mark.parametrize("name", ["native", "simulator"])
+@pytest.mark.filterwarnings("ignore:CKKS parameters")
 def test_bootstrapping_key_folders(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
