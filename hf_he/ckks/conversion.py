@@ -20,8 +20,6 @@ from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
 from hf_he.ckks.vector import JIT, WIDTH, add, fma, ld, mm, mul, prefetch, red, round_mul, sp, st
 
-HOISTED = 4
-"""Rotations whose accumulators are kept at once."""
 AHEAD = 2048
 """Doubles between a key's prefetch and its use: 16 KB. Without it a key from memory takes twice as long."""
 
@@ -49,9 +47,9 @@ class Scratch(NamedTuple):
     pair: np.ndarray  # [threads, 2 * (N + PAD)]
     coefficients: np.ndarray  # [L, N + PAD]
     extended: np.ndarray  # [dnum * M, N + PAD], half transformed, later transformed
-    accumulators: np.ndarray  # [HOISTED * 2 * M, N + PAD]
-    special: np.ndarray  # [HOISTED * 2 * K, N + PAD]
-    lifted: np.ndarray  # [HOISTED * 2 * L, N + PAD], half transformed
+    accumulators: np.ndarray  # [2 * M, N + PAD]
+    special: np.ndarray  # [2 * K, N + PAD]
+    lifted: np.ndarray  # [2 * L, N + PAD], half transformed
 
 
 def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha: int) -> SwitchTables:
@@ -111,9 +109,9 @@ def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_
         np.zeros((threads, 2 * row)),
         np.zeros((limbs, row)),
         np.zeros((dnum * total, row)),
-        np.zeros((HOISTED * 2 * total, row)),
-        np.zeros((HOISTED * 2 * special, row)),
-        np.zeros((HOISTED * 2 * limbs, row)),
+        np.zeros((2 * total, row)),
+        np.zeros((2 * special, row)),
+        np.zeros((2 * limbs, row)),
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from numba import njit, prange
 
 from hf_he.ckks.arithmetic import SUM_CHUNK
-from hf_he.ckks.conversion import HOISTED, convert_block, inner_product, scale_block
+from hf_he.ckks.conversion import convert_block, inner_product, scale_block
 from hf_he.ckks.ntt import COLUMNS, PAD, forward, forward_first, forward_rest, forward_second, inverse, reduce_row
 from hf_he.ckks.vector import JIT, add, gather, ld, mm, red, sp, st, sub
 
@@ -62,26 +62,26 @@ def _digit_rows(source, r, alpha, offset, tables, scratch):
 
 
 @njit(parallel=True, **JIT)
-def _lift(pairs, limbs, offset, tables, switch, scratch, threads):
-    """The special rows of `pairs` accumulators (coefficients, scratch.special) to the ciphertext moduli: scratch.lifted[p*limbs + k], half transformed."""
+def _lift(limbs, offset, tables, switch, scratch, threads):
+    """Both components' special rows (coefficients, scratch.special) to the ciphertext moduli: scratch.lifted[h*limbs + k], half transformed."""
     extra = tables.moduli.shape[0] - offset - limbs
     first = limbs + offset
     n1 = tables.roots1.shape[2]
     n2 = tables.roots2.shape[2]
     size = n1 * COLUMNS
-    tasks = pairs * (n2 // COLUMNS)
+    blocks = n2 // COLUMNS
     for t in prange(threads):
         s = scratch.scaled[t]
         u = scratch.block[t]
-        for task in range(t * tasks // threads, (t + 1) * tasks // threads):
-            p = task * COLUMNS // n2
-            c = task % (n2 // COLUMNS)
-            scale_block(scratch.special, p * extra, switch.special_scale, tables.moduli, first, c * size, size, s)
+        for task in range(t * 2 * blocks // threads, (t + 1) * 2 * blocks // threads):
+            h = task // blocks
+            c = task % blocks
+            scale_block(scratch.special, h * extra, switch.special_scale, tables.moduli, first, c * size, size, s)
             for k in range(limbs):
                 q = tables.moduli[k, 0]
                 qi = tables.moduli[k, 1]
                 convert_block(s, extra, switch.special_weight[k], switch.special_modulus[k], q, qi, u, size)
-                forward_first(u, c, scratch.lifted[p * limbs + k], tables.roots1[k], q, qi, n1, n2)
+                forward_first(u, c, scratch.lifted[h * limbs + k], tables.roots1[k], q, qi, n1, n2)
 
 
 @njit(**JIT)
@@ -123,41 +123,39 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
 def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha, offset, tables, switch, scratch, threads):
     """Switch component `source` of c [B, C, limbs, N] with several keys: out [S, B, 2, limbs, N].
 
-    Component h < addends of c is added to component h of the result, then permutations [S, N] ([S, 0]: none) rotate it.
+    Component h < addends of c is added to component h of the result, then permutations [S, N] ([S, 0]: none) rotate it. The special rows come first,
+    so that a ciphertext row goes from its inner product through division and rotation to its place while it is in cache.
     """
     limbs, n = c.shape[2], c.shape[3]
     rows = tables.moduli.shape[0] - offset
     row = n + PAD
-    extra = rows - limbs
     dnum = (limbs + alpha - 1) // alpha
     digits = scratch.extended.reshape(scratch.extended.size)
-    steps = key_index.size
     for b in range(c.shape[0]):
         mod_up(c[b, source], alpha, offset, tables, switch, scratch, threads)
-        for s0 in range(0, steps, HOISTED):
-            count = min(HOISTED, steps - s0)
+        for step in range(key_index.size):
             for t in prange(threads):
-                for r in range(t, rows, threads):
-                    k = r if r < limbs else r + offset
-                    if s0 == 0:
+                x0 = scratch.pair[t, 0:row]
+                x1 = scratch.pair[t, row : 2 * row]
+                for r in range(limbs + t, rows, threads):
+                    k = r + offset
+                    if step == 0:
                         _digit_rows(c[b, source], r, alpha, offset, tables, scratch)
-                    for s in range(count):
-                        a0 = scratch.accumulators[2 * s * rows + r]
-                        a1 = scratch.accumulators[(2 * s + 1) * rows + r]
-                        inner_product(digits, r * row, rows * row, dnum, keys[key_index[s0 + s], k], a0, a1, tables.moduli[k, 0], tables.moduli[k, 1], n)
-                        if r >= limbs:
-                            inverse(a0, scratch.special[2 * s * extra + r - limbs], scratch.block[t], tables, k)
-                            inverse(a1, scratch.special[(2 * s + 1) * extra + r - limbs], scratch.block[t], tables, k)
-            _lift(2 * count, limbs, offset, tables, switch, scratch, threads)
+                    inner_product(digits, r * row, rows * row, dnum, keys[key_index[step], k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], n)
+                    inverse(x0, scratch.special[r - limbs], scratch.block[t], tables, k)
+                    inverse(x1, scratch.special[rows - 2 * limbs + r], scratch.block[t], tables, k)
+            _lift(limbs, offset, tables, switch, scratch, threads)
             for t in prange(threads):
-                for i in range(t, 2 * count * limbs, threads):
-                    p = i // limbs
-                    k = i % limbs
-                    h = p % 2
-                    _divide_row(
-                        scratch.accumulators[p * rows + k], scratch.lifted[i], k, tables, switch, scratch.block[t],
-                        c[b, h, k], h < addends, permutations[s0 + p // 2], out[s0 + p // 2, b, h, k],
-                    )  # fmt: skip
+                y0 = scratch.pair[t, 0:row]
+                y1 = scratch.pair[t, row : 2 * row]
+                u = scratch.block[t]
+                for k in range(t, limbs, threads):
+                    if step == 0:
+                        _digit_rows(c[b, source], k, alpha, offset, tables, scratch)
+                    inner_product(digits, k * row, rows * row, dnum, keys[key_index[step], k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
+                    p = permutations[step]
+                    _divide_row(y0, scratch.lifted[k], k, tables, switch, u, c[b, 0, k], addends > 0, p, out[step, b, 0, k])
+                    _divide_row(y1, scratch.lifted[limbs + k], k, tables, switch, u, c[b, 1, k], addends > 1, p, out[step, b, 1, k])
 
 
 @njit(**JIT)
@@ -197,8 +195,8 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
             if key_index[g] >= 0:
                 mod_up(c[g, b, 1], alpha, offset, tables, switch, scratch, threads)
             for t in prange(threads):
-                pair0 = scratch.pair[t, :row]
-                pair1 = scratch.pair[t, row:]
+                pair0 = scratch.pair[t, 0:row]
+                pair1 = scratch.pair[t, row : 2 * row]
                 for r in range(t, rows, threads):
                     k = r if r < limbs else r + offset
                     q = tables.moduli[k, 0]
@@ -225,7 +223,7 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                         if g == groups - 1 and r >= limbs:
                             inverse(a0, scratch.special[r - limbs], scratch.block[t], tables, k)
                             inverse(a1, scratch.special[extra + r - limbs], scratch.block[t], tables, k)
-        _lift(2, limbs, offset, tables, switch, scratch, threads)
+        _lift(limbs, offset, tables, switch, scratch, threads)
         for t in prange(threads):
             for i in range(t, 2 * limbs, threads):
                 h = i // limbs
