@@ -187,6 +187,8 @@ class Client:
             raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape} for {result.batches} batches: run the inference again")
         slots = self.backend.decrypt(ciphertext, self._keys.secret)
         logits = np.concatenate([unpack_logits(batch, self.packing, self.model.config.num_labels) for batch in slots])
+        if not np.isfinite(logits).all():
+            raise CorruptFileError("the result decrypts to numbers that are not finite (its scale is wrong): run the inference again")
         rows = iter(logits)
         return [s if s.refused is not None else s.with_logits(next(rows)) for s in sentences]
 
