@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, slice_logits_to_keep
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "AttentionInterface", "AttentionMaskInterface", "sdpa_mask", "set_default_lora_targets"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "GPTNeoXRotaryEmbedding",
+    "LlamaRotaryEmbedding",
+    "create_causal_mask",
+    "inherit_checkpoint_renames",
+    "sdpa_mask",
+    "set_default_lora_targets",
+    "slice_logits_to_keep",
+]
 
 
 def set_default_lora_targets(model_type: str, targets: list[str]) -> None:
@@ -15,3 +29,8 @@ def set_default_lora_targets(model_type: str, targets: list[str]) -> None:
     except ModuleNotFoundError:
         return
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type] = targets
+
+
+def inherit_checkpoint_renames(class_name: str, stock_class_name: str) -> None:
+    """Load checkpoints of `stock_class_name` into `class_name` under the same weight renames, which transformers keys by class name."""
+    register_checkpoint_conversion_mapping(class_name, get_checkpoint_conversion_mapping(stock_class_name), overwrite=True)

@@ -293,6 +293,13 @@ def kernel_exponential(interval: Interval, squarings: int) -> KernelExponential:
     return KernelExponential(squarings, (low, 0.0), error)
 
 
+def power_polynomial(interval: Interval, power: int) -> Polynomial:
+    """x^power on `interval`, exact (its error is 0): says where a power is safe to evaluate, as the fits do for other functions."""
+    low, high = (float(v) for v in interval)
+    series = np.polynomial.Polynomial.basis(power).convert(domain=[low, high], kind=np.polynomial.Chebyshev)
+    return Polynomial("power", (low, high), tuple(float(c) for c in series.coef), 0.0, "absolute")
+
+
 def _function(name: str) -> Function:
     if name not in FUNCTIONS:
         raise ApproximationError(f"No function named {name!r}; known: {', '.join(sorted(FUNCTIONS))}.")

@@ -2,9 +2,10 @@
 
 - `gaussian_kernel` (Rho et al., "Encryption-Friendly LLM Architecture", ICLR 2025): weights exp(-||q - k||^2 / (2 sqrt(head_dim))), not
   normalised, so that no division is left and the exponent is never positive.
-- `power_softmax` (Zimerman et al., "Power-Softmax", arXiv 2410.09457): weights x^p / (eps + sum x^p) of the scores x, p even. A patent
-  family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing self-attention with a power softmax under homomorphic encryption;
-  check it before use.
+- `power_softmax` (Zimerman et al., "Power-Softmax", arXiv 2410.09457): weights x^p / (eps + sum x^p) of the scores x, p even; eps = 1 is the
+  denominator of PolySketchFormer (arXiv 2310.01655), and a shift c and a constant divisor make it the (x + c)^p / constant of Powerformer
+  (Park et al., ACL 2025), without any division. A patent family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing
+  self-attention with a power softmax under homomorphic encryption; check it before use.
 
 Both multiply by a 0/1 mask, which is exact: masked weights are 0, there is no -inf. Importing this module registers the attention
 functions and their masks, after which `attn_implementation="gaussian_kernel"` works. transformers does not save that name in config.json,
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, sdpa_mask
+from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, create_causal_mask, sdpa_mask
 from hf_he.errors import UnsupportedModelError
 from hf_he.nn import observe
 
@@ -96,10 +98,12 @@ def power_softmax_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Power-softmax attention; arguments, results and errors as for `gaussian_kernel_attention`.
 
-    `module.config` may set `power_softmax_degree` (even, default 4), `power_softmax_eps` (default 1e-3) and
-    `power_softmax_length_agnostic`: False, eps is added to the sum of x^p; True, to the mean over the row's valid keys. Without an
-    approximation the numerically stable form runs; with `module.kernel_approximation` (a `Reciprocal` of eps + mean x^p) the raw
-    length-agnostic form that is evaluated under encryption.
+    `module.config` may set `power_softmax_degree` (even, default 4), `power_softmax_eps` (default 1e-3), `power_softmax_shift` (c of
+    (x + c)^p, default 0), `power_softmax_divisor` (a constant instead of eps + sum, default None) and `power_softmax_length_agnostic`:
+    False, eps is added to the sum of x^p; True, to the mean over the row's valid keys (whose number multiplies a constant divisor). Without
+    an approximation the numerically stable form runs; with `module.kernel_approximation` (a `Reciprocal` of eps + mean x^p) the raw
+    length-agnostic form that is evaluated under encryption. With a constant divisor both modes are the same polynomial, and
+    `module.kernel_approximation` (a `Polynomial`) only tells the interval of the shifted scores.
     """
     if has_torch_function((query, key, value)):
         return handle_torch_function(
@@ -118,14 +122,19 @@ def power_softmax_attention(
     config = getattr(module, "config", None)
     power = getattr(config, "power_softmax_degree", DEFAULT_POWER)
     eps = getattr(config, "power_softmax_eps", DEFAULT_POWER_EPS)
-    scores = (query @ key.transpose(-1, -2)) * scaling
+    scores = (query @ key.transpose(-1, -2)) * scaling + getattr(config, "power_softmax_shift", 0.0)
     length: torch.Tensor | float = float(key.shape[-2])
     if mask is not None:
         scores = scores * mask
         length = mask.sum(-1, keepdim=True).clamp(min=1.0)
     approximation = getattr(module, "kernel_approximation", None)
-    mean_eps = eps if getattr(config, "power_softmax_length_agnostic", False) else eps / length
-    if approximation is None:
+    length_agnostic = getattr(config, "power_softmax_length_agnostic", False)
+    divisor = getattr(config, "power_softmax_divisor", None)
+    mean_eps = eps if length_agnostic else eps / length
+    if divisor is not None:
+        observe(module, "score", scores, approximation)
+        weights = scores**power / (divisor * length if length_agnostic else divisor)
+    elif approximation is None:
         observe(module, "power_mean", power_mean(scores, power, mean_eps, length), None)
         weights = stable_power_softmax(scores, power, mean_eps * length)
     else:
@@ -174,6 +183,23 @@ def keep_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     return sdpa_mask(*args, **kwargs)
 
 
+def causal_keep_mask(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`create_causal_mask` as booleans [B, 1, T, S], True keeps, whatever implementation the model's config names.
+
+    Args:
+        inputs_embeds: [B, T, ...], for its shape and device.
+        attention_mask: [B, S] with 1 for real tokens, or a finished [B, 1, T, S], returned as it is.
+        kwargs: ignored; the name and signature under which `generate` asks a model for the masks of a static cache have more.
+    """
+    return create_causal_mask(_KEEP_MASK, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+
 ATTENTION_FUNCTIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "gaussian_kernel": gaussian_kernel_attention,
     "power_softmax": power_softmax_attention,
@@ -182,6 +208,8 @@ ATTENTION_FUNCTIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]
 for _name, _function in ATTENTION_FUNCTIONS.items():
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, keep_mask)
+
+_KEEP_MASK = SimpleNamespace(_attn_implementation="gaussian_kernel")
 
 
 @dataclass(frozen=True)

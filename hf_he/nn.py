@@ -1,7 +1,7 @@
 """Layers with an exact and a polynomial mode, and the ranges of what goes into them.
 
-`layer_norm` and `activation` (and `hf_he.attention.gaussian_kernel_attention`) are the points where `EncryptedTensor` takes over: they
-dispatch through `__torch_function__` like torch's own functions.
+`layer_norm`, `rms_norm`, `apply_rotary` and `activation` (and `hf_he.attention.gaussian_kernel_attention`) are the points where
+`EncryptedTensor` takes over: they dispatch through `__torch_function__` like torch's own functions.
 
 A polynomial is only right on the interval it was fitted on. In polynomial mode a value outside raises `RangeError`; inside a
 `RangeTracker` or `collect_ranges` it is recorded instead.
@@ -107,6 +107,31 @@ class HELayerNorm(PolynomialLayer):
         return f"{self.normalized_shape[0]}, eps={self.eps}, {_describe(self.approximation)}"
 
 
+class HERMSNorm(PolynomialLayer):
+    """RMSNorm over the last dimension (Zhang and Sennrich, 2019); in polynomial mode 1 / sqrt(mean(x^2) + eps) is an `InverseSquareRoot`.
+
+    Entry: {"interval": [lo, hi] of mean(x^2) + eps, "degree": of the guess, "newton_steps": int}.
+    """
+
+    entry_keys = ("interval", "degree", "newton_steps")
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.normalized_shape = (hidden_size,)
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+        self.approximation: InverseSquareRoot | None = None
+
+    def build_approximation(self, entry: Mapping[str, Any]) -> InverseSquareRoot:
+        return fit_inverse_square_root(tuple(entry["interval"]), entry["degree"], entry["newton_steps"])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {_describe(self.approximation)}"
+
+
 class PolynomialActivation(PolynomialLayer):
     """An elementwise activation by name (gelu, relu, silu, sigmoid, tanh); in polynomial mode its minimax polynomial.
 
@@ -139,13 +164,40 @@ def layer_norm(hidden_states: torch.Tensor, module: HELayerNorm) -> torch.Tensor
     if module.approximation is None and not is_observed(module):
         return F.layer_norm(hidden_states, module.normalized_shape, module.weight, module.bias, module.eps)
     centred = hidden_states - hidden_states.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True) + module.eps
+    return centred * _inverse_root_mean_square(centred, module) * module.weight + module.bias
+
+
+def rms_norm(hidden_states: torch.Tensor, module: HERMSNorm) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in the module's mode. Overridable."""
+    if has_torch_function_unary(hidden_states):
+        return handle_torch_function(rms_norm, (hidden_states,), hidden_states, module)
+    if module.approximation is None and not is_observed(module):
+        return F.rms_norm(hidden_states, module.normalized_shape, module.weight, module.eps)
+    return hidden_states * _inverse_root_mean_square(hidden_states, module) * module.weight
+
+
+def _inverse_root_mean_square(values: torch.Tensor, module: HELayerNorm | HERMSNorm) -> torch.Tensor:
+    """1 / sqrt(mean(values^2) + eps) [..., 1] in the module's mode, its argument observed as "variance"."""
+    variance = values.square().mean(-1, keepdim=True) + module.eps
     observe(module, "variance", variance, module.approximation)
     if module.approximation is None:
-        inverse = variance.rsqrt()
-    else:
-        inverse = module.approximation.refine(variance, evaluate_polynomial(module.approximation.guess, variance))
-    return centred * inverse * module.weight + module.bias
+        return variance.rsqrt()
+    return module.approximation.refine(variance, evaluate_polynomial(module.approximation.guess, variance))
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al., 2021), halves convention. Overridable.
+
+    Args:
+        states: [B, heads, T, head_dim]; features from `rotary_dim` on are left alone.
+        cos: like `sin`, [B or 1, T, rotary_dim] of the tokens' positions.
+    """
+    if has_torch_function_unary(states):
+        return handle_torch_function(apply_rotary, (states,), states, cos, sin)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second, rest = states.tensor_split((cos.shape[-1] // 2, cos.shape[-1]), dim=-1)
+    rotated = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((rotated, rest), -1)
 
 
 def activation(hidden_states: torch.Tensor, module: PolynomialActivation) -> torch.Tensor:
@@ -214,7 +266,8 @@ def evaluate_polynomial(polynomial: Polynomial, x: torch.Tensor) -> torch.Tensor
 
 @dataclass
 class LayerRange:
-    """What one layer's approximated quantity did: `statistic` is "variance", "input", "exponent" or "power_mean"."""
+    """What one layer's approximated quantity did: `statistic` is "variance" (what a norm takes the root of), "input", "exponent",
+    "power_mean" or "score"."""
 
     statistic: str
     interval: tuple[float, float] | None

@@ -1,5 +1,7 @@
 """gaussian_kernel and power_softmax against direct formulas, on stock models, and the refusals of check_attention."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from transformers import (
     BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    DynamicCache,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -19,8 +22,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from hf_he.approximation import fit_reciprocal, kernel_exponential
+from hf_he.approximation import fit_reciprocal, kernel_exponential, power_polynomial
 from hf_he.attention import (
+    causal_keep_mask,
     check_attention,
     gaussian_kernel_attention,
     power_mean,
@@ -43,6 +47,11 @@ BIDIRECTIONAL = {
     "roberta": (RobertaForMaskedLM, RobertaConfig(**SIZES)),
 }
 NAMES = ["gaussian_kernel", "power_softmax"]
+
+
+def config(**fields):
+    """A stand-in for a model's config with nothing but `fields`."""
+    return SimpleNamespace(**fields)
 
 
 def make(family, name=None):
@@ -144,7 +153,7 @@ class TestPowerSoftmax:
 
     def test_length_agnostic_polynomial_form(self, module, qkv, padding):
         """(1/L) x^p / (eps + mean x^p) with L the row's valid keys; one reciprocal per row."""
-        module.config = type("Config", (), {"power_softmax_degree": 4, "power_softmax_eps": 1e-2, "power_softmax_length_agnostic": True})
+        module.config = config(power_softmax_degree=4, power_softmax_eps=1e-2, power_softmax_length_agnostic=True)
         query, key, _ = qkv
         scores = query @ key.transpose(-1, -2) * 8**-0.5 * padding
         length = torch.tensor([6.0, 4.0])[:, None, None, None]
@@ -158,6 +167,78 @@ class TestPowerSoftmax:
             power_softmax_attention(module, *qkv, padding)
         assert tracker.ranges[""].statistic == "power_mean"
         assert tracker.ranges[""].maximum == pytest.approx(float(denominator.max()))
+
+    @pytest.mark.parametrize("power", [2, 4, 6])
+    def test_three_forms_agree_for_a_fixed_eps(self, module, qkv, power):
+        """Raw, stable and length-agnostic on a causal mask with padding: eps on the sum is eps / L on the mean, L counted per row."""
+        mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+        mask[1, :, :, 0] = False
+        length = mask.sum(-1, keepdim=True).clamp(min=1).double()
+        scores = 3 * (qkv[0] @ qkv[1].transpose(-1, -2)) * mask
+        raw = scores**power / (1e-2 + (scores**power).sum(-1, keepdim=True))
+        mean = power_mean(scores, power, 1e-2 / length, length)
+        assert (stable_power_softmax(scores, power, 1e-2) - raw).abs().max() < 1e-6
+        assert (scores**power / length / mean - raw).abs().max() < 1e-6
+        module.config = config(power_softmax_degree=power, power_softmax_eps=1e-2)
+        assert (power_softmax_attention(module, *qkv, mask, scaling=3.0)[1] - raw).abs().max() < 1e-6
+        module.config = config(power_softmax_degree=power, power_softmax_eps=1e-2, power_softmax_length_agnostic=True)
+        by_mean = scores**power / length / power_mean(scores, power, 1e-2, length)
+        assert (power_softmax_attention(module, *qkv, mask, scaling=3.0)[1] - by_mean).abs().max() < 1e-6
+
+    def test_rows_without_a_valid_key_are_zero(self, module, qkv):
+        mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+        mask[:, :, :, :2] = False
+        for length_agnostic in (False, True):
+            module.config = config(power_softmax_length_agnostic=length_agnostic)
+            weights = power_softmax_attention(module, *qkv, mask)[1]
+            assert not weights[:, :, :2].any() and weights.isfinite().all()
+
+    def test_denominator_bias_one(self, module, qkv, padding):
+        """PolySketchFormer: x^p / (1 + sum x^p)."""
+        module.config = config(power_softmax_eps=1.0)
+        scores = qkv[0] @ qkv[1].transpose(-1, -2) * 8**-0.5 * padding
+        expected = scores**4 / (1 + (scores**4).sum(-1, keepdim=True))
+        torch.testing.assert_close(power_softmax_attention(module, *qkv, padding)[1], expected)
+
+    @pytest.mark.parametrize("length_agnostic", [False, True])
+    def test_constant_divisor(self, module, qkv, padding, length_agnostic):
+        """Powerformer: (x + c)^p / constant. No division, the mask is still exact, and polynomial mode computes the same."""
+        module.config = config(power_softmax_shift=2.0, power_softmax_divisor=50.0, power_softmax_length_agnostic=length_agnostic)
+        scores = qkv[0] @ qkv[1].transpose(-1, -2) * 8**-0.5
+        length = torch.tensor([6.0, 4.0])[:, None, None, None] if length_agnostic else 1.0
+        expected = (scores + 2) ** 4 * padding / (50 * length)
+        torch.testing.assert_close(power_softmax_attention(module, *qkv, padding)[1], expected.double())
+        module.kernel_approximation = power_polynomial((-6.0, 10.0), 4)
+        torch.testing.assert_close(power_softmax_attention(module, *qkv, padding)[1], expected.double())
+        module.kernel_approximation = power_polynomial((-1.0, 1.0), 4)
+        with pytest.raises(RangeError, match="score"):
+            power_softmax_attention(module, *qkv, padding)
+
+    def test_shift_before_the_division(self, module, qkv, padding):
+        module.config = config(power_softmax_shift=1.5)
+        powers = (qkv[0] @ qkv[1].transpose(-1, -2) * 8**-0.5 + 1.5) ** 4 * padding
+        torch.testing.assert_close(power_softmax_attention(module, *qkv, padding)[1], powers / (1e-3 + powers.sum(-1, keepdim=True)))
+
+    def test_a_power_is_its_own_polynomial(self):
+        polynomial = power_polynomial((-3.0, 5.0), 6)
+        x = torch.linspace(-3, 5, 50, dtype=torch.float64)
+        assert (polynomial.degree, polynomial.depth, polynomial.max_error) == (6, 3, 0.0)
+        torch.testing.assert_close(polynomial(x), x**6)
+
+
+class TestCausalKeepMask:
+    def test_padding_and_cache(self):
+        mask = causal_keep_mask(torch.empty(2, 3, 0), torch.tensor([[1, 1, 1], [0, 1, 1]]), None)
+        assert mask.dtype == torch.bool and torch.equal(mask[0, 0], torch.ones(3, 3, dtype=torch.bool).tril())
+        assert mask[1, 0].tolist() == [[False, False, False], [False, True, False], [False, True, True]]
+        cache = DynamicCache()
+        cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
+        step = causal_keep_mask(torch.empty(2, 1, 0), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]), cache)
+        assert step[:, 0, 0].tolist() == [[True] * 4, [False, True, True, True]]
+
+    def test_finished_masks_pass(self):
+        finished = torch.ones(1, 1, 2, 2)
+        assert causal_keep_mask(torch.empty(1, 2, 0), finished, None) is finished
 
 
 def test_softmax_equals_torch(module, qkv, padding):

@@ -1,4 +1,4 @@
-"""HELayerNorm and PolynomialActivation in both modes, range tracking, live ranges and torch-function dispatch."""
+"""HELayerNorm, HERMSNorm and PolynomialActivation in both modes, rotary embedding, range tracking, live ranges and torch-function dispatch."""
 
 import copy
 
@@ -8,7 +8,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_he.errors import ApproximationError, RangeError
-from hf_he.nn import EXACT_ACTIVATIONS, HELayerNorm, PolynomialActivation, RangeTracker, activation, collect_ranges, evaluate_polynomial, layer_norm
+from hf_he.nn import (
+    EXACT_ACTIVATIONS,
+    HELayerNorm,
+    HERMSNorm,
+    PolynomialActivation,
+    RangeTracker,
+    activation,
+    apply_rotary,
+    collect_ranges,
+    evaluate_polynomial,
+    layer_norm,
+    rms_norm,
+)
 
 NORM_ENTRY = {"interval": [0.1, 9.0], "degree": 15, "newton_steps": 2}
 GELU_ENTRY = {"interval": [-8, 8], "degree": 31}
@@ -52,6 +64,56 @@ class TestHELayerNorm:
         norm.configure("polynomial", {**NORM_ENTRY, "degree": 31})
         (polynomial,) = torch.autograd.grad(norm(hidden_states).square().sum(), hidden_states)
         torch.testing.assert_close(polynomial, exact, atol=1e-4, rtol=1e-4)
+
+
+class TestHERMSNorm:
+    @pytest.fixture
+    def norm(self):
+        torch.manual_seed(0)
+        module = HERMSNorm(16, eps=1e-5)
+        nn.init.normal_(module.weight)
+        return module
+
+    def test_exact_mode_is_rms_norm(self, norm, hidden_states):
+        expected = hidden_states / (hidden_states.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+        torch.testing.assert_close(norm(hidden_states), expected)
+        with RangeTracker(norm) as tracker:
+            torch.testing.assert_close(norm(hidden_states), expected)
+        assert tracker.ranges[""].statistic == "variance"
+        assert tracker.ranges[""].maximum == pytest.approx(float(hidden_states.square().mean(-1).max()) + 1e-5)
+
+    def test_polynomial_mode_has_the_certified_relative_error(self, norm, hidden_states):
+        norm.configure("polynomial", NORM_ENTRY)
+        scale = norm(hidden_states) / (hidden_states * norm.weight)
+        exact = (hidden_states.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        assert (scale / exact - 1).abs().max() <= norm.approximation.max_error + 1e-5
+        with pytest.raises(RangeError, match="variance"):
+            norm(10 * hidden_states)
+
+    def test_same_state_dict_names_as_torch(self, norm):
+        assert norm.state_dict().keys() == nn.RMSNorm(16).state_dict().keys()
+
+
+class TestApplyRotary:
+    @staticmethod
+    def angles(positions, rotary_dim):
+        angles = positions[:, None] * 100.0 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+        return torch.cat((angles, angles), -1)[None]
+
+    @pytest.mark.parametrize("rotary_dim", [4, 8])
+    def test_turns_pairs_of_features(self, rotary_dim):
+        states = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        angles = self.angles(torch.arange(5, dtype=torch.float64), rotary_dim)
+        result = apply_rotary(states, angles.cos(), angles.sin())
+        half = rotary_dim // 2
+        pairs = torch.complex(states[..., :half], states[..., half:rotary_dim]) * torch.exp(1j * angles[0, :, :half])
+        torch.testing.assert_close(result, torch.cat((pairs.real, pairs.imag, states[..., rotary_dim:]), -1))
+
+    def test_products_depend_on_distance_only(self):
+        query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).expand(2, 1, 1, 6, 8)
+        angles = self.angles(torch.arange(6, dtype=torch.float64), 8)
+        products = apply_rotary(query, angles.cos(), angles.sin()) @ apply_rotary(key, angles.cos(), angles.sin()).transpose(-1, -2)
+        torch.testing.assert_close(products[0, 0, 1:, 1:], products[0, 0, :-1, :-1])
 
 
 class TestPolynomialActivation:
@@ -182,7 +244,7 @@ class Recording(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (layer_norm, activation):
+        if func in (layer_norm, rms_norm, apply_rotary, activation):
             cls.calls.append((func.__name__, args[1]))
             return args[0]
         return super().__torch_function__(func, types, args, kwargs)
@@ -192,3 +254,7 @@ def test_layers_are_overridable(norm, hidden_states):
     gelu = PolynomialActivation("gelu")
     gelu(norm(hidden_states.as_subclass(Recording)))
     assert Recording.calls == [("layer_norm", norm), ("activation", gelu)]
+    Recording.calls.clear()
+    root_norm, cos = HERMSNorm(16), torch.ones(1, 5, 16)
+    apply_rotary(root_norm(hidden_states.as_subclass(Recording)), cos, cos)
+    assert Recording.calls == [("rms_norm", root_norm), ("apply_rotary", cos)]

@@ -12,7 +12,7 @@ from hf_he.nn import PolynomialLayer
 
 
 class PolynomialModeMixin:
-    """Goes before `PreTrainedModel` in the bases. The config has the fields `mode` and `approximations`."""
+    """Goes before `PreTrainedModel` in the bases. The config has the fields `attention_kernel`, `mode` and `approximations`."""
 
     def post_init(self) -> None:
         super().post_init()
@@ -27,8 +27,10 @@ class PolynomialModeMixin:
         """Run with the exact functions ("exact") or with the polynomials of `config.approximations` ("polynomial").
 
         Raises:
-            ApproximationError: unknown mode, layers without an entry, or an entry that no polynomial fits.
+            ApproximationError: unknown mode, softmax attention, layers without an entry, or an entry that no polynomial fits.
         """
+        if mode == "polynomial" and self.config.attention_kernel == "softmax":
+            raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
         layers = self.polynomial_layers()
         entries = self.config.approximations
         missing = [name for name in layers if name not in entries]

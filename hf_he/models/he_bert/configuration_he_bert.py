@@ -19,9 +19,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hf_he.nn import EXACT_ACTIVATIONS, MODES
-
-ATTENTION_KERNELS = ("softmax", "gaussian_kernel", "power_softmax")
+from hf_he.models.kernel_attention import validate_kernel
+from hf_he.nn import EXACT_ACTIVATIONS
 
 
 @strict
@@ -33,8 +32,10 @@ class HEBertConfig(PreTrainedConfig):
     Args:
         attention_kernel: "gaussian_kernel" (default), "power_softmax", or "softmax" (exact mode only: it has no polynomial form).
         power_softmax_degree: even p of x^p.
-        power_softmax_eps: constant of the denominator.
+        power_softmax_eps: constant of the denominator; 1 for PolySketchFormer's.
         power_softmax_length_agnostic: add eps to the mean over the valid keys instead of the sum.
+        power_softmax_shift: c of (x + c)^p.
+        power_softmax_divisor: divide by this constant (times the number of valid keys if length-agnostic) instead of eps + sum.
         norm_position: "post" (BERT) or "pre" (with a final LayerNorm after the last layer).
         gated_ffn: act(gate(x)) * dense(x) instead of act(dense(x)); each of the two is `intermediate_size` wide.
         use_bias: biases in the encoder, the pooler and a classification head with hidden sizes.
@@ -46,8 +47,8 @@ class HEBertConfig(PreTrainedConfig):
         mode: "exact" or "polynomial".
         approximations: {layer name: entry} from calibration. LayerNorms {"interval", "degree", "newton_steps"} on variance + eps;
             activations {"interval", "degree"} on the input; attention {"interval", "squarings"} on the exponent (gaussian_kernel) or
-            {"interval", "degree", "goldschmidt_steps"} on eps + mean x^p (power_softmax). Names are those of the modules in
-            `HEBertForSequenceClassification` and `HEBertForMaskedLM`, e.g. "bert.encoder.layer.0.attention.self".
+            {"interval", "degree", "goldschmidt_steps"} on eps + mean x^p (power_softmax; with a divisor {"interval"} on x + c). Names are
+            those of the modules in `HEBertForSequenceClassification` and `HEBertForMaskedLM`, e.g. "bert.encoder.layer.0.attention.self".
 
     The paper's encoder (Rho et al., ICLR 2025) is `hidden_size=768, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536,
     gated_ffn=True, hidden_act="relu", norm_position="pre", use_bias=False, position_embedding_type="sinusoidal", use_pooler=False,
@@ -75,6 +76,8 @@ class HEBertConfig(PreTrainedConfig):
     power_softmax_degree: int = 4
     power_softmax_eps: float = 1e-3
     power_softmax_length_agnostic: bool = False
+    power_softmax_shift: float | int = 0.0
+    power_softmax_divisor: float | int | None = None
     norm_position: str = "post"
     gated_ffn: bool = False
     use_bias: bool = True
@@ -87,12 +90,10 @@ class HEBertConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict` validation. Raises ValueError with the allowed values."""
+        validate_kernel(self)
         choices = {
-            "attention_kernel": ATTENTION_KERNELS,
             "norm_position": ("post", "pre"),
             "position_embedding_type": ("absolute", "sinusoidal"),
-            "mode": MODES,
-            "hidden_act": tuple(EXACT_ACTIVATIONS),
             "classifier_act": tuple(EXACT_ACTIVATIONS),
         }
         for name, allowed in choices.items():
@@ -100,10 +101,6 @@ class HEBertConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}.")
-        if self.power_softmax_degree < 2 or self.power_softmax_degree % 2:
-            raise ValueError(f"power_softmax_degree must be even and positive, got {self.power_softmax_degree}.")
-        if self.power_softmax_eps <= 0:
-            raise ValueError(f"power_softmax_eps must be positive, got {self.power_softmax_eps}.")
 
 
 __all__ = ["HEBertConfig"]

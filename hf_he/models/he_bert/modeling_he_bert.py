@@ -18,9 +18,8 @@ encrypted form; it runs unchanged on `EncryptedTensor`.
 """
 
 import math
-from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,22 +32,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_he._compat import ALL_ATTENTION_FUNCTIONS
-from hf_he.approximation import KernelExponential, Reciprocal, fit_reciprocal, kernel_exponential
-from hf_he.attention import gaussian_kernel_attention, power_softmax_attention, softmax_attention
-from hf_he.errors import ApproximationError, ShapeError
+from hf_he.errors import ShapeError
 from hf_he.models.he_bert.configuration_he_bert import HEBertConfig
+from hf_he.models.kernel_attention import KernelAttention
 from hf_he.models.polynomial_mode import PolynomialModeMixin
-from hf_he.nn import HELayerNorm, PolynomialActivation, PolynomialLayer
+from hf_he.nn import HELayerNorm, PolynomialActivation
 
 # trf-ignore: TRF041 config.norm_position, config.gated_ffn, config.attention_kernel
 # trf-ignore: TRF041 config.position_embedding_type, config.use_pooler, config.classifier_hidden_sizes
-
-KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
-    "softmax": softmax_attention,
-    "gaussian_kernel": gaussian_kernel_attention,
-    "power_softmax": power_softmax_attention,
-}
 
 
 class HEBertSinusoidalPositions(nn.Module):
@@ -104,12 +95,11 @@ class HEBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-class HEBertSelfAttention(PolynomialLayer):
-    """Multi-head attention with the kernel of the config; in polynomial mode `kernel_approximation` replaces exp or 1 / x."""
+class HEBertSelfAttention(KernelAttention):
+    """Multi-head attention with the kernel of the config."""
 
     def __init__(self, config: HEBertConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.attention_head_size**-0.5
@@ -118,18 +108,6 @@ class HEBertSelfAttention(PolynomialLayer):
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.kernel_approximation: KernelExponential | Reciprocal | None = None
-        power = config.attention_kernel == "power_softmax"
-        self.entry_keys = ("interval", "degree", "goldschmidt_steps") if power else ("interval", "squarings")
-
-    def build_approximation(self, entry: Mapping[str, Any]) -> KernelExponential | Reciprocal:
-        interval = (float(entry["interval"][0]), float(entry["interval"][1]))
-        if self.config.attention_kernel == "power_softmax":
-            return fit_reciprocal(interval, entry["degree"], entry["goldschmidt_steps"])
-        return kernel_exponential(interval, entry["squarings"])
-
-    def install_approximation(self, approximation: KernelExponential | Reciprocal | None) -> None:
-        self.kernel_approximation = approximation
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
@@ -139,17 +117,7 @@ class HEBertSelfAttention(PolynomialLayer):
         query = self.query(hidden_states).view(*heads).transpose(1, 2)
         key = self.key(hidden_states).view(*heads).transpose(1, 2)
         value = self.value(hidden_states).view(*heads).transpose(1, 2)
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, KERNELS[self.config.attention_kernel])
-        attention_output, attention_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        attention_output, attention_weights = self.attend(query, key, value, attention_mask, self.dropout.p, **kwargs)
         return attention_output.reshape(batch, length, hidden_size), attention_weights
 
 
@@ -302,11 +270,6 @@ class HEBertPreTrainedModel(PolynomialModeMixin, PreTrainedModel):
         elif isinstance(module, HEBertSinusoidalPositions):
             init.copy_(module.table, module.sinusoids(*module.table.shape))
             init.constant_(module.scale, module.table.shape[1] ** -0.5)
-
-    def set_mode(self, mode: str) -> None:  # trf-ignore: TRF033
-        if mode == "polynomial" and self.config.attention_kernel == "softmax":
-            raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
-        super().set_mode(mode)
 
 
 class HEBertModel(HEBertPreTrainedModel):
