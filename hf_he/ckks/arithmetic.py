@@ -10,15 +10,16 @@ because its values in the NTT domain depend on the exponent modulo 4p only: in t
 
 from __future__ import annotations
 
-from numba import njit, prange
+from numba import prange
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import COLUMNS
-from hf_he.ckks.vector import JIT, add, fma, ld, mm, mul, red, sp, st
+from hf_he.ckks.vector import add, fma, ld, mm, mul, red, sp, st
 
 SUM_CHUNK = 8
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def add_rows(a, ia, b, ib, out, sign, moduli):
     """out[t] = a[ia[t]] + sign * b[ib[t]]; the operand with fewer components counts as zero there."""
     batch, components, limbs, n = out.shape
@@ -45,7 +46,7 @@ def add_rows(a, ia, b, ib, out, sign, moduli):
                 st(z, c, red(fma(s, ld(y, c), ld(x, c)), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def sum_rows(a, out, moduli):
     """out[b] = sum_g a[g, b]; a [G, B, C, L, N]. SUM_CHUNK payload residues stay below 5 q."""
     groups = a.shape[0]
@@ -66,7 +67,7 @@ def sum_rows(a, out, moduli):
             st(z, c, red(total, q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def multiply_rows(a, ia, b, ib, out, moduli):
     """Tensor product of 2-component ciphertexts: out [B, 3, L, N]."""
     batch, _, limbs, n = out.shape
@@ -91,7 +92,7 @@ def multiply_rows(a, ia, b, ib, out, moduli):
             st(out[t, 2, k], c, mm(x1, y1, v1, q))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def scale_rows(a, factors, out, moduli):
     """out = a * factors[k] for limb k; factors centred."""
     batch, components, limbs, n = out.shape
@@ -107,7 +108,7 @@ def scale_rows(a, factors, out, moduli):
             st(out[t, h, k], c, mm(ld(x, c), w, wi, q))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def add_plain_rows(a, ia, plain, ip, out, moduli):
     """Component 0 of a plus a compact plaintext [P, L, S]; the other components are copied."""
     batch, components, limbs, n = out.shape
@@ -133,7 +134,7 @@ def add_plain_rows(a, ia, plain, ip, out, moduli):
                         st(z, c, red(add(ld(x, c), y), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def multiply_plain_rows(a, ia, plain, ip, out, moduli):
     """a times a compact plaintext [P, L, S]."""
     batch, components, limbs, n = out.shape

@@ -10,8 +10,8 @@ import numpy as np
 from hf_he.ckks import ntt
 from hf_he.ckks.conversion import make_scratch, make_switch_tables
 from hf_he.ckks.encoder import CompactTransform
+from hf_he.ckks.jit import KERNEL_LOCK
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.ckks.vector import KERNEL_LOCK
 from hf_he.errors import ParameterError
 
 MAX_RING_DEGREE = 1 << 16

@@ -14,11 +14,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import JIT, WIDTH, add, fma, ld, mm, mul, prefetch, red, round_mul, sp, st
+from hf_he.ckks.vector import WIDTH, add, fma, ld, mm, mul, prefetch, red, round_mul, sp, st
 
 AHEAD = 2048
 """Doubles between a key's prefetch and its use: 16 KB. Without it a key from memory takes twice as long."""
@@ -115,7 +115,7 @@ def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_
     )
 
 
-@njit(**JIT)
+@kernel
 def scale_block(x, first, scale, moduli, first_modulus, start, size, s):
     """`size` coefficients from `start` of rows x[first..]: y_i = x_i * scale_i and, after them, v = rint(sum y_i / q_i), into s."""
     count = scale.shape[0]
@@ -129,7 +129,7 @@ def scale_block(x, first, scale, moduli, first_modulus, start, size, s):
         st(s, count * size + c, round_mul(v, sp(1.0)))
 
 
-@njit(**JIT)
+@kernel
 def convert_block(s, count, weights, modulus, q0, qi0, u, size):
     """u = sum_i y_i * w_i - v * modulus mod q, reduced.
 
@@ -150,7 +150,7 @@ def convert_block(s, count, weights, modulus, q0, qi0, u, size):
         st(u, c + 8, red(z1, q, qi))
 
 
-@njit(**JIT)
+@kernel
 def inner_product(digits, at, row, dnum, key, a0, a1, q0, qi0, n):
     """a0, a1 = sum_j digits[at + j*row:] * key[:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
     q = sp(q0)

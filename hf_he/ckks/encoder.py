@@ -9,11 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import COLUMNS, bit_reversal, evaluation_exponents, split_degree
 from hf_he.ckks.number_theory import powers, primitive_root_of_unity
-from hf_he.ckks.vector import JIT, WIDTH, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.vector import WIDTH, add, ld, mm, mul, red, sp, st, sub
 
 EXACT_INTEGERS = 2.0**52
 
@@ -94,7 +95,7 @@ class CompactTransform:
         return out
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def _compact_transforms(lanes, roots, moduli, pattern, out):
     """Radix-2 transforms of eight polynomials at a time, lanes [G, d*8]; both operands stay within 1.1 q."""
     batch, limbs, size = out.shape

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from numba import njit, prange
+from numba import prange
 
-from hf_he.ckks.vector import JIT, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.jit import kernel
+from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st, sub
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def encrypt_rows(out, payload, secret, moduli):
     """out[:, 0] = payload - out[:, 1] * s; out [B, 2, L, N], payload [B, L, N]."""
     batch, _, limbs, n = out.shape
@@ -21,7 +22,7 @@ def encrypt_rows(out, payload, secret, moduli):
             st(out[i, 0, k], c, red(sub(ld(payload[i, k], c), mm(ld(out[i, 1, k], c), s, mul(s, qi), q)), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def encrypt_public_rows(out, mask, b, a, payload, noise, moduli):
     """out = (b*u + payload, a*u + noise) for the ternary masks u [B, L, N]."""
     batch, _, limbs, n = out.shape
@@ -37,7 +38,7 @@ def encrypt_public_rows(out, mask, b, a, payload, noise, moduli):
             st(out[i, 1, k], c, red(add(mm(ld(a[k], c), u, ui, q), ld(noise[i, k], c)), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def decrypt_rows(ct, secret, out, moduli):
     """out = c0 + c1*s (+ c2*s^2) on the first out.shape[1] limbs; ct [B, 2 or 3, L, N], out [B, limbs, N]."""
     batch, limbs, n = out.shape
@@ -56,7 +57,7 @@ def decrypt_rows(ct, secret, out, moduli):
             st(out[i, k], c, total)
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def mixed_radix(residues, digits, inverse, moduli):
     """Centred mixed-radix digits (Garner) of residues [B, limbs, N]; inverse[j, i] = q_j^-1 mod q_i."""
     batch, limbs, n = residues.shape

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.context import Context
+from hf_he.ckks.jit import KERNEL_LOCK, kernel
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
-from hf_he.ckks.vector import JIT, KERNEL_LOCK, WIDTH, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.vector import WIDTH, add, ld, mm, mul, red, sp, st, sub
 
 
 class SecretKey(SecretKeyBase):
@@ -121,7 +122,7 @@ class SwitchingKeys:
         return np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(part.shape[1], -1)
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def _mask(a, error, source, target, special_factor, alpha, b, moduli):
     """b = error - a*source, plus P*target on the limbs of digit j when alpha > 0. a, error, b [B, digits, moduli, N]."""
     batch, digits, count, n = a.shape
@@ -140,7 +141,7 @@ def _mask(a, error, source, target, special_factor, alpha, b, moduli):
             st(b[i, j, k], c, red(add(z, mm(ld(target[k], c), p, pi, q)), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def _square(x, out, moduli):
     for k in prange(x.shape[0]):
         q = sp(moduli[k, 0])
@@ -150,7 +151,7 @@ def _square(x, out, moduli):
             st(out[k], c, red(mm(v, v, mul(v, qi), q), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def _interleave(b, a, out):
     """[digit, modulus, N] halves to [modulus, N/8, digit, 2, 8]."""
     for k in prange(out.shape[0]):

@@ -3,15 +3,16 @@ Eurocrypt 2021), and rescaling. Ciphertexts go through one after another, the li
 
 from __future__ import annotations
 
-from numba import njit, prange
+from numba import prange
 
 from hf_he.ckks.arithmetic import SUM_CHUNK
 from hf_he.ckks.conversion import convert_block, inner_product, scale_block
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import COLUMNS, PAD, forward, forward_first, forward_rest, forward_second, inverse, reduce_row
-from hf_he.ckks.vector import JIT, add, gather, ld, mm, red, sp, st, sub
+from hf_he.ckks.vector import add, gather, ld, mm, red, sp, st, sub
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def mod_up(source, alpha, offset, tables, switch, scratch, threads):
     """source [limbs, N] (NTT domain) to its lifted digits: row r of digit j is scratch.extended[j*rows + r], half transformed."""
     limbs = source.shape[0]
@@ -43,7 +44,7 @@ def mod_up(source, alpha, offset, tables, switch, scratch, threads):
                 forward_first(u, c, scratch.extended[j * rows + r], tables.roots1[k], q, qi, n1, n2)
 
 
-@njit(**JIT)
+@kernel
 def _digit_rows(source, r, alpha, offset, tables, scratch):
     """Finish row r of every lifted digit, in place in scratch.extended; the digit's own limbs are the source itself. Returns the digit count."""
     limbs, n = source.shape
@@ -61,7 +62,7 @@ def _digit_rows(source, r, alpha, offset, tables, scratch):
     return dnum
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def _lift(limbs, offset, tables, switch, scratch, threads):
     """Both components' special rows (coefficients, scratch.special) to the ciphertext moduli: scratch.lifted[h*limbs + k], half transformed."""
     extra = tables.moduli.shape[0] - offset - limbs
@@ -84,7 +85,7 @@ def _lift(limbs, offset, tables, switch, scratch, threads):
                 forward_first(u, c, scratch.lifted[h * limbs + k], tables.roots1[k], q, qi, n1, n2)
 
 
-@njit(**JIT)
+@kernel
 def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, permutation, out):
     """out = automorphism((accumulator - NTT(lifted)) / P + addend). The difference is within 2.5 q.
 
@@ -119,46 +120,63 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
                 st(out, o + c, gather(u, permutation, o + c, source))
 
 
-@njit(parallel=True, **JIT)
+@kernel
+def _special_rows(c, first, t, keys, alpha, offset, tables, scratch, threads):
+    """Thread t's share of the special rows: digits (on the first step), inner product with the key, inverse transform."""
+    limbs, row = c.shape[0], c.shape[1] + PAD
+    rows = tables.moduli.shape[0] - offset
+    digits = scratch.extended.reshape(scratch.extended.size)
+    x0 = scratch.pair[t, 0:row]
+    x1 = scratch.pair[t, row : 2 * row]
+    for r in range(limbs + t, rows, threads):
+        k = r + offset
+        if first:
+            _digit_rows(c, r, alpha, offset, tables, scratch)
+        dnum = (limbs + alpha - 1) // alpha
+        inner_product(digits, r * row, rows * row, dnum, keys[k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], c.shape[1])
+        inverse(x0, scratch.special[r - limbs], scratch.block[t], tables, k)
+        inverse(x1, scratch.special[rows - 2 * limbs + r], scratch.block[t], tables, k)
+
+
+@kernel
+def _ciphertext_rows(c, source, addends, first, t, keys, permutation, out, alpha, offset, tables, switch, scratch, threads):
+    """Thread t's share of the ciphertext rows: digits (on the first step), inner product, division by P, addends, rotation."""
+    limbs, n = c.shape[1], c.shape[2]
+    row = n + PAD
+    rows = tables.moduli.shape[0] - offset
+    digits = scratch.extended.reshape(scratch.extended.size)
+    y0 = scratch.pair[t, 0:row]
+    y1 = scratch.pair[t, row : 2 * row]
+    u = scratch.block[t]
+    for k in range(t, limbs, threads):
+        if first:
+            _digit_rows(c[source], k, alpha, offset, tables, scratch)
+        dnum = (limbs + alpha - 1) // alpha
+        inner_product(digits, k * row, rows * row, dnum, keys[k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
+        _divide_row(y0, scratch.lifted[k], k, tables, switch, u, c[0, k], addends > 0, permutation, out[0, k])
+        _divide_row(y1, scratch.lifted[limbs + k], k, tables, switch, u, c[1, k], addends > 1, permutation, out[1, k])
+
+
+@kernel(parallel=True)
 def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha, offset, tables, switch, scratch, threads):
     """Switch component `source` of c [B, C, limbs, N] with several keys: out [S, B, 2, limbs, N].
 
     Component h < addends of c is added to component h of the result, then permutations [S, N] ([S, 0]: none) rotate it. The special rows come first,
     so that a ciphertext row goes from its inner product through division and rotation to its place while it is in cache.
     """
-    limbs, n = c.shape[2], c.shape[3]
-    rows = tables.moduli.shape[0] - offset
-    row = n + PAD
-    dnum = (limbs + alpha - 1) // alpha
-    digits = scratch.extended.reshape(scratch.extended.size)
+    limbs = c.shape[2]
     for b in range(c.shape[0]):
         mod_up(c[b, source], alpha, offset, tables, switch, scratch, threads)
         for step in range(key_index.size):
+            key, permutation, first = keys[key_index[step]], permutations[step], step == 0
             for t in prange(threads):
-                x0 = scratch.pair[t, 0:row]
-                x1 = scratch.pair[t, row : 2 * row]
-                for r in range(limbs + t, rows, threads):
-                    k = r + offset
-                    if step == 0:
-                        _digit_rows(c[b, source], r, alpha, offset, tables, scratch)
-                    inner_product(digits, r * row, rows * row, dnum, keys[key_index[step], k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], n)
-                    inverse(x0, scratch.special[r - limbs], scratch.block[t], tables, k)
-                    inverse(x1, scratch.special[rows - 2 * limbs + r], scratch.block[t], tables, k)
+                _special_rows(c[b, source], first, t, key, alpha, offset, tables, scratch, threads)
             _lift(limbs, offset, tables, switch, scratch, threads)
             for t in prange(threads):
-                y0 = scratch.pair[t, 0:row]
-                y1 = scratch.pair[t, row : 2 * row]
-                u = scratch.block[t]
-                for k in range(t, limbs, threads):
-                    if step == 0:
-                        _digit_rows(c[b, source], k, alpha, offset, tables, scratch)
-                    inner_product(digits, k * row, rows * row, dnum, keys[key_index[step], k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
-                    p = permutations[step]
-                    _divide_row(y0, scratch.lifted[k], k, tables, switch, u, c[b, 0, k], addends > 0, p, out[step, b, 0, k])
-                    _divide_row(y1, scratch.lifted[limbs + k], k, tables, switch, u, c[b, 1, k], addends > 1, p, out[step, b, 1, k])
+                _ciphertext_rows(c[b], source, addends, first, t, key, permutation, out[step, b], alpha, offset, tables, switch, scratch, threads)
 
 
-@njit(**JIT)
+@kernel
 def _accumulate(x, permutation, out, first):
     """out (+)= x[permutation]."""
     for c in range(0, out.size, 8):
@@ -168,7 +186,7 @@ def _accumulate(x, permutation, out, first):
         st(out, c, z)
 
 
-@njit(**JIT)
+@kernel
 def _add_scaled(x, w0, wi0, y, q0, qi0, out, n):
     """out = y + x * w, reduced."""
     q = sp(q0)
@@ -179,7 +197,7 @@ def _add_scaled(x, w0, wi0, y, q0, qi0, out, n):
         st(out, c, red(add(ld(y, c), mm(ld(x, c), w, wi, q)), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, switch, scratch, threads):
     """sum_g automorphism_g(c[g]) for c [G, B, 2, limbs, N] -> out [B, 2, limbs, N], summed in the extended basis and divided by P once.
 
@@ -234,7 +252,7 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                 )  # fmt: skip
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def rescale_rows(c, out, last, tables, switch, scratch, threads):
     """c [R, limbs, N] to out [R, limbs-1, N]: division by the last modulus, rounded. `last` [R, N] is working memory."""
     count, limbs, n = c.shape

@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.number_theory import powers, primitive_root_of_unity
-from hf_he.ckks.vector import JIT, add, ld, mm, mul, red, sp, st, sub, transpose8
+from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st, sub, transpose8
 
 COLUMNS = 16
 PAD = 64
@@ -93,7 +94,7 @@ def make_tables(ring_degree: int, moduli: tuple[int, ...]) -> NTTTables:
     return tables
 
 
-@njit(**JIT)
+@kernel
 def forward_columns(u, size, roots, q0, qi0):
     """`size`-point transforms of COLUMNS columns of u [size][COLUMNS], in place, radix 4; a0 is reduced in every second pass."""
     q = sp(q0)
@@ -144,7 +145,7 @@ def forward_columns(u, size, roots, q0, qi0):
         reduce = 1 - reduce
 
 
-@njit(**JIT)
+@kernel
 def inverse_columns(u, size, roots, q0, qi0):
     """The inverse of `forward_columns` times `size`."""
     q = sp(q0)
@@ -191,7 +192,7 @@ def inverse_columns(u, size, roots, q0, qi0):
         t *= 4
 
 
-@njit(**JIT)
+@kernel
 def forward_first(u, c, y, roots, q, qi, n1, n2):
     """First half for column block c, coefficients c*n1*COLUMNS and on, |u| <= 0.6 q: column transforms of u in place, transposed into y."""
     forward_columns(u, n1, roots, q, qi)
@@ -201,7 +202,7 @@ def forward_first(u, c, y, roots, q, qi, n1, n2):
             transpose8(u, r * COLUMNS + k, COLUMNS, y, o + k * COLUMNS, COLUMNS)
 
 
-@njit(**JIT)
+@kernel
 def forward_second(x, y, roots, twists, q, qi, n2):
     """Second half of one block x [n2][COLUMNS] of the first half's result, into y (which may be x): twist, column transforms."""
     vq = sp(q)
@@ -212,7 +213,7 @@ def forward_second(x, y, roots, twists, q, qi, n2):
     forward_columns(y, n2, roots, q, qi)
 
 
-@njit(**JIT)
+@kernel
 def forward_rest(x, y, tables, k):
     """The second half of every block of row x into y: |y| <= 2 q, not reduced."""
     n2 = tables.roots2.shape[2]
@@ -221,7 +222,7 @@ def forward_rest(x, y, tables, k):
         forward_second(x[o : o + block], y[o : o + block], tables.roots2[k], tables.twists[k, 0, o : o + block], tables.moduli[k, 0], tables.moduli[k, 1], n2)
 
 
-@njit(**JIT)
+@kernel
 def forward(x, y, u, tables, k):
     """NTT modulo modulus k: x (coefficients) -> y; |y| <= 2 q, not reduced. u is scratch for one block."""
     q = tables.moduli[k, 0]
@@ -238,7 +239,7 @@ def forward(x, y, u, tables, k):
     forward_rest(y, y, tables, k)
 
 
-@njit(**JIT)
+@kernel
 def inverse(y, x, u, tables, k):
     """Inverse NTT modulo modulus k: y (NTT domain, |y| <= 0.75 q) -> x (coefficients, |x| <= 0.75 q)."""
     q = tables.moduli[k, 0]
@@ -265,7 +266,7 @@ def inverse(y, x, u, tables, k):
         inverse_columns(x[c * block : (c + 1) * block], n1, tables.roots1[k], q, qi)
 
 
-@njit(**JIT)
+@kernel
 def reduce_row(x, y, q0, qi0):
     """y = x mod q, centred."""
     q = sp(q0)
@@ -274,7 +275,7 @@ def reduce_row(x, y, q0, qi0):
         st(y, c, red(ld(x, c), q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def forward_rows(x, y, chain, tables, scratch, threads):
     """NTT of rows x [R, N] modulo moduli chain[r] into y [R, N], centred. One source row may serve several moduli: x [R / r, N]."""
     rows = y.shape[0]
@@ -286,7 +287,7 @@ def forward_rows(x, y, chain, tables, scratch, threads):
             reduce_row(y[r], y[r], tables.moduli[k, 0], tables.moduli[k, 1])
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def inverse_rows(y, x, chain, tables, scratch, threads):
     """Inverse NTT of rows y [R, N] modulo moduli chain[r] into x [R, N], centred."""
     for t in prange(threads):

@@ -7,10 +7,11 @@ products with plain FMAs, exactly, and reduce once per chunk of terms: 4 (plaint
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import COLUMNS
-from hf_he.ckks.vector import JIT, add, fma, ld, mm, mul, red, round_mul, sp, st
+from hf_he.ckks.vector import add, fma, ld, mm, mul, red, round_mul, sp, st
 
 TERMS = 16
 """Plaintext products per exact accumulation: the middle sum reaches 16 * 2 * 2^24 * 2^24 = 2^53."""
@@ -19,7 +20,7 @@ ROWS = 6
 PANEL = 16
 
 
-@njit(**JIT)
+@kernel
 def _split_into(x, position, s, high, low, q0, qi0):
     """s[high:high+8], s[low:low+8] = the 25-bit halves of x[position:position+8]."""
     v = red(ld(x, position), sp(q0), sp(qi0))
@@ -28,7 +29,7 @@ def _split_into(x, position, s, high, low, q0, qi0):
     st(s, low, fma(h, sp(-(2.0**25)), v))
 
 
-@njit(**JIT)
+@kernel
 def _combine_into(z, position, s, at, more, shifts, q0, qi0):
     """z (+)= s[at]*2^50 + s[at+8]*2^25 + s[at+16] mod q, for sums up to 2^53 in magnitude."""
     q = sp(q0)
@@ -41,7 +42,7 @@ def _combine_into(z, position, s, at, more, shifts, q0, qi0):
     st(z, position, total)
 
 
-@njit(**JIT)
+@kernel
 def _tile_products(x, x_at, x_step, w, w_step, terms, row, s):
     """Sums over k of TILE plaintext vectors times two ciphertext vectors `row` apart: 8 triples (high, middle, low) into s."""
     zero = sp(0.0)
@@ -113,7 +114,7 @@ def _tile_products(x, x_at, x_step, w, w_step, terms, row, s):
     st(s, 184, l31)
 
 
-@njit(**JIT)
+@kernel
 def _pattern_products(a, plain, out, pattern, run, k0, k1, moduli, shifts, sx, sw, so):
     """out[g, run of pattern] (+)= sum over k0 <= k < k1 of plain[g, k, pattern] * a[k, run]; a [K, N], plain [G, K, S], out [G, N]."""
     q = moduli[0]
@@ -137,7 +138,7 @@ def _pattern_products(a, plain, out, pattern, run, k0, k1, moduli, shifts, sx, s
                     _combine_into(out[g0 + g], start + c + COLUMNS, so, 48 * g + 24, k0 > 0, shifts, q, qi)
 
 
-@njit(**JIT)
+@kernel
 def _dense_products(a, plain, out, start, stop, moduli):
     """The same for plaintexts without two equal rows; products within 0.58 q, reduced every 8 terms."""
     q = sp(moduli[0])
@@ -153,7 +154,7 @@ def _dense_products(a, plain, out, start, stop, moduli):
             st(out[g], c, red(total, q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def multiply_plain_sum(plain, a, out, moduli, shifts, sx, sw, so, threads):
     """out[g, r, k] = sum_j plain[g, j, k] * a[j, r, k]: plain [G, J, L, S], a [J, R, L, N], out [G, R, L, N] with R = batch*components."""
     terms, limbs, size = plain.shape[1:]
@@ -175,7 +176,7 @@ def multiply_plain_sum(plain, a, out, moduli, shifts, sx, sw, so, threads):
                     )
 
 
-@njit(**JIT)
+@kernel
 def _gemm_panel(weights, a, out, c0, chunk, moduli, shifts, s):
     """out[i, c0:c0+PANEL] = sum_k W[i, k] a[k, c0:c0+PANEL] mod q. weights [ceil(R/ROWS), K*ROWS], a [K, N], out [R, N]."""
     q = sp(moduli[0])
@@ -245,7 +246,7 @@ def _gemm_panel(weights, a, out, c0, chunk, moduli, shifts, s):
                     st(z, c0 + v, red(total, q, qi))
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def integer_matrix(weights, a, out, chunk, moduli, shifts, scratch, threads):
     """out[i, r, k] = sum_j W[i, j] * a[j, r, k]: a [J, R, L, N], out [I, R, L, N]; `chunk` terms stay below 2^53."""
     rest, limbs, n = a.shape[1], a.shape[2], a.shape[3]

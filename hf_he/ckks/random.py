@@ -12,10 +12,9 @@ from decimal import Decimal, getcontext
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from numba import njit
 
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION
-from hf_he.ckks.vector import JIT
 
 SEED_BYTES = 32
 _TAIL = 42
@@ -38,7 +37,7 @@ class Stream:
         return self.bytes(8 * count).view("<u8")
 
 
-@njit(**JIT)
+@kernel
 def _reject_into(words, modulus, out):
     """Fill out with uniform centred residues from 64-bit words, rejecting the incomplete last interval; returns how many were filled."""
     limit = np.uint64(0xFFFFFFFFFFFFFFFF) // modulus * modulus
@@ -94,7 +93,7 @@ def _magnitude_thresholds() -> np.ndarray:
 _THRESHOLDS = _magnitude_thresholds()
 
 
-@njit(**JIT)
+@kernel
 def _gaussian_into(words, thresholds, out):
     """Cumulative-table inversion; every sample scans the whole table, so the time does not depend on the value."""
     for i in range(out.size):

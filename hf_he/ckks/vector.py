@@ -13,25 +13,13 @@ Ranges, in units of q (A = |a|/q, W = |w|/q), used by every proof in this packag
 
 from __future__ import annotations
 
-import os
-import threading
-
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-# A kernel is a chain of short parallel loops. GNU OpenMP spins between them, which takes the core that another process (or the other
-# half of the loop) waits for: measured on two busy cores, a rotation takes 71 ms with it and 5 to 8 ms with numba's own work queue, which sleeps.
-if "NUMBA_THREADING_LAYER" not in os.environ:
-    numba.config.THREADING_LAYER = "workqueue"
-KERNEL_LOCK = threading.RLock()
-"""Held around every parallel kernel: numba's work queue serves one caller at a time."""
-
 WIDTH = 8
-JIT = {"error_model": "numpy", "boundscheck": False, "cache": True}
 
 
 class Vector8(types.Type):

@@ -7,7 +7,7 @@ import pytest
 from ckks_reference import Toy, apply_automorphism, compose, random_residues, toy, toy_parameters
 
 from hf_he.ckks import keyswitch, ntt
-from hf_he.ckks.vector import KERNEL_LOCK
+from hf_he.ckks.jit import KERNEL_LOCK
 
 NOISE = 2**24
 

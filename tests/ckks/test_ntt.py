@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_he.ckks import ntt
-from hf_he.ckks.vector import KERNEL_LOCK
+from hf_he.ckks.jit import KERNEL_LOCK
 
 
 def transform(ring_degree, moduli, rows, chain=None, inverse=False):

@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from hf_he.ckks.bootstrapping.cosine import divide_chebyshev
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.evaluator import Evaluator
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.keys import SwitchingKeys
 from hf_he.ckks.memory import empty
 from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import JIT, add, ld, mm, mul, red, sp, st
+from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st
 
 LINEAR_DEGREE = 3
 """Series up to this degree are plain sums of Chebyshev powers."""
@@ -36,7 +37,7 @@ def power_depth(k: int) -> int:
     return max(0, (k - 1).bit_length())
 
 
-@njit(parallel=True, **JIT)
+@kernel(parallel=True)
 def weighted_sum(a, weights, constants, out, moduli):
     """out[b, h, i] = sum_k weights[k, i] * a[k, b, h, i], plus constants[i] on component 0: a [K, B, C, L, N], centred weights."""
     terms = a.shape[0]
