@@ -27,7 +27,7 @@ _TEMPLATE = """---
 
 A {parameters} BERT whose every encoder operation has a form under CKKS homomorphic encryption: Gaussian-kernel attention without
 softmax, and polynomials for 1/sqrt, GELU and tanh. A server can classify a sentence without seeing it: text and label stay with the holder of
-the secret key. Made and run by [hf_he](https://pypi.org/project/hf-he/).
+the secret key. Made and run by hf_he (`pip install hf-he`).
 
 ```python
 import hf_he  # registers the architecture
