@@ -22,6 +22,7 @@ Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model
 Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, native or simulator (plaintext, no protection).")]
 Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
+PolicyParameters = Annotated[str | None, typer.Option("--parameters", help="Parameter set; see `hf-he env`. Default: n14, with bootstrapping n16-bootstrap.")]
 Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -30,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 def demo(
     model: Model = None,
     backend: Backend = "auto",
-    parameters: Parameters = "n14",
+    parameters: PolicyParameters = None,
     num_sentences: Annotated[int, typer.Option(min=1, help="Sentences to classify.")] = 32,
     seed: Annotated[int, typer.Option(help="Which sentences of the MR test half are drawn.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Your own sentences, one per line.")] = None,
@@ -48,7 +49,7 @@ def keygen(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Folder for secret.key, public.key and evaluation.keys.")] = Path("keys"),
     backend: Backend = "auto",
-    parameters: Parameters = "n14",
+    parameters: PolicyParameters = None,
     bootstrapping: Annotated[bool, typer.Option("--bootstrapping", help="Also keys for servers with --refresh bootstrap (gigabytes).")] = False,
 ) -> None:
     """Generate the keys a model needs."""

@@ -29,6 +29,7 @@ from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, Encrypt
 from hf_he.results import InferenceResult, Sentence, merge_reports
 
 DEFAULT_PARAMETERS = "n14"
+BOOTSTRAPPING_PARAMETERS = "n16-bootstrap"
 MAX_REFRESHES_PER_BATCH = 256
 _BATCHES_PER_MESSAGE = 64
 _REFERENCE_BATCH = 32

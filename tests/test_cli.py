@@ -109,7 +109,12 @@ def test_plan_needs_no_keys(model, parameters, policy):
 
 def test_demo_says_when_the_parameters_do_not_bootstrap(model, text):
     with pytest.raises(errors.BackendUnavailableError, match="--refresh client"):
-        run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap")
+        run("demo", "--model", model, "--backend", "simulator", "--parameters", "n14", "--text", text, "--refresh", "bootstrap")
+
+
+def test_demo_without_the_client_chooses_parameters_that_bootstrap(model, text):
+    data = json.loads(run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap", "--json"))
+    assert data["refreshes"] == 0 < data["bootstraps"] and data["agreement"] == 1.0
 
 
 def test_env_names_every_backend_and_parameter_set():

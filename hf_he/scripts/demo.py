@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_he.checkpoints import default_model
-from hf_he.client import Client
+from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
 from hf_he.data import load_dataset
 from hf_he.errors import DataError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
@@ -84,7 +84,7 @@ def run_demo(
 def demo(
     model: Path | None,
     backend: str,
-    parameters: str,
+    parameters: str | None,
     num_sentences: int,
     seed: int,
     text: Path | None,
@@ -94,6 +94,7 @@ def demo(
 ) -> bool:
     """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
     texts, labels = choose_sentences(num_sentences, seed, text)
+    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
     result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace)
     data: dict[str, Any] = result.to_json()
     if json_output:

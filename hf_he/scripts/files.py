@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hf_he.checkpoints import default_model
 from hf_he.ckks.parameters import parameter_set
-from hf_he.client import Client
+from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
 from hf_he.errors import CorruptFileError, DataError, HEError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_server
@@ -41,8 +41,9 @@ from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import read_file, write_file
 
 
-def keygen(model: Path | None, out: Path, backend: str, parameters: str, bootstrapping: bool) -> None:
+def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, bootstrapping: bool) -> None:
     """Write secret.key, public.key and evaluation.keys into `out`."""
+    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else DEFAULT_PARAMETERS)
     parameter_set(parameters)
     client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
     prepare_kernels(client.backend)
