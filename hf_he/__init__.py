@@ -1,7 +1,7 @@
 """hf_he: private fine-tuning and generation with language models on CKKS ciphertexts.
 
 Importing it registers the `gaussian_kernel` and `power_softmax` attention implementations and the HE models with transformers, so that
-`AutoModelForSequenceClassification.from_pretrained` loads them. The encrypted side is imported on first use.
+`AutoModelForSequenceClassification.from_pretrained` and its siblings load them. The encrypted side is imported on first use.
 """
 
 from importlib import import_module
@@ -15,7 +15,19 @@ from hf_he.models import (
     HEBertForSequenceClassification,
     HEBertModel,
     HEBertPreTrainedModel,
+    HEGPTNeoXConfig,
+    HEGPTNeoXForCausalLM,
+    HEGPTNeoXForSequenceClassification,
+    HEGPTNeoXModel,
+    HEGPTNeoXPreTrainedModel,
+    HELlamaConfig,
+    HELlamaForCausalLM,
+    HELlamaForSequenceClassification,
+    HELlamaModel,
+    HELlamaPreTrainedModel,
     convert_bert,
+    convert_gpt_neox,
+    convert_llama,
     save_hub_shim,
 )
 from hf_he.nn import RangeTracker, collect_ranges
@@ -38,12 +50,24 @@ __all__ = [
     "HEBertForSequenceClassification",
     "HEBertModel",
     "HEBertPreTrainedModel",
+    "HEGPTNeoXConfig",
+    "HEGPTNeoXForCausalLM",
+    "HEGPTNeoXForSequenceClassification",
+    "HEGPTNeoXModel",
+    "HEGPTNeoXPreTrainedModel",
+    "HELlamaConfig",
+    "HELlamaForCausalLM",
+    "HELlamaForSequenceClassification",
+    "HELlamaModel",
+    "HELlamaPreTrainedModel",
     "RangeTracker",
     "Server",
     "check_attention",
     "collect_ranges",
     "connect",
     "convert_bert",
+    "convert_gpt_neox",
+    "convert_llama",
     "get_backend",
     "save_hub_shim",
 ]

@@ -8,6 +8,22 @@ from hf_he.models.he_bert import (
     HEBertPreTrainedModel,
     convert_bert,
 )
+from hf_he.models.he_gpt_neox import (
+    HEGPTNeoXConfig,
+    HEGPTNeoXForCausalLM,
+    HEGPTNeoXForSequenceClassification,
+    HEGPTNeoXModel,
+    HEGPTNeoXPreTrainedModel,
+    convert_gpt_neox,
+)
+from hf_he.models.he_llama import (
+    HELlamaConfig,
+    HELlamaForCausalLM,
+    HELlamaForSequenceClassification,
+    HELlamaModel,
+    HELlamaPreTrainedModel,
+    convert_llama,
+)
 from hf_he.models.hub_shim import save_hub_shim
 
 __all__ = [
@@ -16,6 +32,18 @@ __all__ = [
     "HEBertForSequenceClassification",
     "HEBertModel",
     "HEBertPreTrainedModel",
+    "HEGPTNeoXConfig",
+    "HEGPTNeoXForCausalLM",
+    "HEGPTNeoXForSequenceClassification",
+    "HEGPTNeoXModel",
+    "HEGPTNeoXPreTrainedModel",
+    "HELlamaConfig",
+    "HELlamaForCausalLM",
+    "HELlamaForSequenceClassification",
+    "HELlamaModel",
+    "HELlamaPreTrainedModel",
     "convert_bert",
+    "convert_gpt_neox",
+    "convert_llama",
     "save_hub_shim",
 ]

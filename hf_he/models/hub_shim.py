@@ -20,6 +20,18 @@ AUTO_CLASSES: dict[str, dict[str, str]] = {
         "AutoModelForMaskedLM": "HEBertForMaskedLM",
         "AutoModelForSequenceClassification": "HEBertForSequenceClassification",
     },
+    "he_gpt_neox": {
+        "AutoConfig": "HEGPTNeoXConfig",
+        "AutoModel": "HEGPTNeoXModel",
+        "AutoModelForCausalLM": "HEGPTNeoXForCausalLM",
+        "AutoModelForSequenceClassification": "HEGPTNeoXForSequenceClassification",
+    },
+    "he_llama": {
+        "AutoConfig": "HELlamaConfig",
+        "AutoModel": "HELlamaModel",
+        "AutoModelForCausalLM": "HELlamaForCausalLM",
+        "AutoModelForSequenceClassification": "HELlamaForSequenceClassification",
+    },
 }
 
 

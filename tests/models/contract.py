@@ -1,4 +1,4 @@
-"""What every HE model must do in transformers. Mix `ModelContract` into a test class and set `family`.
+"""What every HE model must do in transformers. Mix `ModelContract`, or `CausalContract` for a decoder, into a test class and set `family`.
 
 transformers' own ModelTesterMixin is not in its wheel; these tests borrow its ideas.
 """
@@ -9,23 +9,25 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: a tiny config and the classes built from it, base model first. `auto_classes` has their Auto counterparts."""
+    """One architecture: a tiny config and the classes built from it, base model first. `auto_classes` has their Auto counterparts;
+    `no_dropout` are the config fields that switch dropout off."""
 
     config: PreTrainedConfig
     base: type[PreTrainedModel]
-    masked_lm: type[PreTrainedModel]
+    language_model: type[PreTrainedModel]
     classifier: type[PreTrainedModel]
     auto_classes: dict[str, Any] = field(default_factory=dict)
     default_lora_targets: frozenset[str] = frozenset({"query", "value"})
+    no_dropout: dict[str, float] = field(default_factory=lambda: {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
 
     @property
     def classes(self) -> tuple[type[PreTrainedModel], ...]:
-        return self.base, self.masked_lm, self.classifier
+        return self.base, self.language_model, self.classifier
 
 
 class ModelContract:
@@ -41,14 +43,14 @@ class ModelContract:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def labels(self, model_class):
-        return self.inputs()["input_ids"] if model_class is self.family.masked_lm else torch.tensor([0, 1, 0])
+        return self.inputs()["input_ids"] if model_class is self.family.language_model else torch.tensor([0, 1, 0])
 
     @staticmethod
     def first(outputs):
         return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
     def test_training_reaches_every_parameter(self):
-        for model_class in (self.family.masked_lm, self.family.classifier):
+        for model_class in (self.family.language_model, self.family.classifier):
             model = self.make(model_class).train()
             outputs = model(**self.inputs(), labels=self.labels(model_class))
             outputs.loss.backward()
@@ -56,7 +58,7 @@ class ModelContract:
             assert not without, f"{model_class.__name__}: {without}"
 
     def test_loss_falls_in_a_few_steps(self):
-        model = self.make(self.family.classifier, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        model = self.make(self.family.classifier, **self.family.no_dropout).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses = []
         for _ in range(15):
@@ -76,21 +78,21 @@ class ModelContract:
             assert torch.equal(self.first(loaded(**self.inputs())), self.first(model(**self.inputs())))
 
     def test_base_model_loads_from_a_head_and_back(self, tmp_path):
-        head = self.make(self.family.masked_lm)
+        head = self.make(self.family.language_model)
         head.save_pretrained(tmp_path / "head")
         base = self.family.base.from_pretrained(tmp_path / "head")
         torch.testing.assert_close(base(**self.inputs())[0], head.base_model(**self.inputs())[0])
         base.save_pretrained(tmp_path / "base")
-        again = self.family.masked_lm.from_pretrained(tmp_path / "base")
+        again = self.family.language_model.from_pretrained(tmp_path / "base")
         torch.testing.assert_close(again.base_model(**self.inputs())[0], head.base_model(**self.inputs())[0])
 
     def test_output_embeddings_are_tied(self, tmp_path):
-        model = self.make(self.family.masked_lm)
+        model = self.make(self.family.language_model)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         model.save_pretrained(tmp_path)
-        loaded = self.family.masked_lm.from_pretrained(tmp_path)
+        loaded = self.family.language_model.from_pretrained(tmp_path)
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-        untied = self.make(self.family.masked_lm, tie_word_embeddings=False)
+        untied = self.make(self.family.language_model, tie_word_embeddings=False)
         assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
 
     def test_hidden_states_and_attentions(self):
@@ -115,7 +117,7 @@ class ModelContract:
     def test_gradient_checkpointing_gives_equal_gradients(self, use_reentrant):
         gradients = []
         for checkpointing in (False, True):
-            model = self.make(self.family.classifier, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+            model = self.make(self.family.classifier, **self.family.no_dropout).train()
             if checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
                 model.enable_input_require_grads()
@@ -136,7 +138,7 @@ class ModelContract:
         torch.testing.assert_close(model(**padded).logits, model(**inputs).logits)
 
     def test_resize_token_embeddings(self):
-        model = self.make(self.family.masked_lm)
+        model = self.make(self.family.language_model)
         before = model(**self.inputs()).logits
         size = self.family.config.vocab_size
         model.resize_token_embeddings(size + 5)
@@ -190,6 +192,108 @@ class ModelContract:
             AutoModel.from_config(self.family.config, attn_implementation="sdpa")
 
     def test_base_model_compiles_without_graph_breaks(self):
+        torch.compiler.reset()
         model = self.make(self.family.base)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(**self.inputs())[0], model(**self.inputs())[0])
+
+
+class CausalContract(ModelContract):
+    """A decoder: nothing leaks from the future, caches change nothing, padding on the left changes nothing."""
+
+    def prompt(self, batch=2, length=6):
+        """Tokens and mask, the first row with two padding tokens on the left."""
+        inputs = self.inputs(batch, length)
+        inputs["input_ids"][0, :2] = 0
+        inputs["attention_mask"][0, :2] = 0
+        return inputs
+
+    def sharp(self, **overrides):
+        """A language model whose weights are large enough that its tokens depend on the prompt."""
+        model = self.make(self.family.language_model, **overrides)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3)
+        return model
+
+    def generate(self, model, **kwargs):
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return model.generate(**self.prompt(), **{**settings, **kwargs})
+
+    def test_future_tokens_change_nothing(self):
+        model = self.sharp()
+        tokens = self.inputs()["input_ids"]
+        changed = tokens.clone()
+        changed[:, 4:] = (tokens[:, 4:] + 1) % self.family.config.vocab_size
+        before, after = model(tokens).logits, model(changed).logits
+        torch.testing.assert_close(after[:, :4], before[:, :4])
+        assert not torch.allclose(after[:, 4:], before[:, 4:])
+
+    def test_cached_generation_equals_recomputation(self):
+        model = self.sharp()
+        cached, recomputed = self.generate(model, use_cache=True), self.generate(model, use_cache=False)
+        assert torch.equal(cached, recomputed)
+        assert len({tuple(row) for row in cached[:, 6:].tolist()}) == 2
+
+    def test_static_cache_generates_the_same(self):
+        model = self.sharp()
+        assert torch.equal(self.generate(model, cache_implementation="static", disable_compile=True), self.generate(model))
+
+    def test_beams_and_samples_use_the_cache_right(self):
+        model = self.sharp()
+        for settings in ({"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+            tokens = []
+            for use_cache in (True, False):
+                torch.manual_seed(0)
+                tokens.append(self.generate(model, use_cache=use_cache, **settings))
+            assert torch.equal(*tokens)
+
+    def test_cached_steps_give_the_logits_of_one_pass(self):
+        model = self.sharp()
+        inputs = self.prompt()
+        position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        whole = model(**inputs, position_ids=position_ids).logits
+        cache, pieces = None, []
+        for part in (slice(0, 3), slice(3, 4), slice(4, 6)):
+            outputs = model(
+                inputs["input_ids"][:, part],
+                attention_mask=inputs["attention_mask"][:, : part.stop],
+                position_ids=position_ids[:, part],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = outputs.past_key_values
+            pieces.append(outputs.logits)
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-5, rtol=1e-5)
+        assert cache.get_seq_length() == 6
+
+    def test_left_padding_changes_nothing(self):
+        model = self.sharp()
+        inputs = self.prompt()
+        padded = self.generate(model)[0, 6:]
+        alone = model.generate(inputs["input_ids"][:1, 2:], max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 4:]
+        assert torch.equal(padded, alone)
+
+    def test_last_logits_only(self):
+        model = self.make(self.family.language_model)
+        torch.testing.assert_close(model(**self.inputs(), logits_to_keep=2).logits, model(**self.inputs()).logits[:, -2:])
+
+    def test_loss_is_of_the_next_token(self):
+        model = self.make(self.family.language_model)
+        tokens = self.inputs()["input_ids"]
+        expected = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        torch.testing.assert_close(model(tokens, labels=tokens).loss, expected)
+
+    def test_generation_with_lora(self):
+        model = self.sharp()
+        lora = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).eval()
+        assert torch.equal(self.generate(lora, use_cache=True), self.generate(lora, use_cache=False))
+
+    def test_kernel_and_generation_survive_saving(self, tmp_path):
+        model = self.sharp()
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.attention_kernel == self.family.config.attention_kernel
+        assert loaded.config.auto_map["AutoModelForCausalLM"] == f"modeling_hf_he.{type(model).__name__}"
+        assert torch.equal(self.generate(loaded), self.generate(model))
