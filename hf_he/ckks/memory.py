@@ -9,7 +9,7 @@ import numpy as np
 
 _ALIGNMENT = 64
 _SMALL = 1 << 15
-_KEEP_BYTES = 1 << 30
+_KEEP_BYTES = 1 << 29
 
 
 class _Block:
