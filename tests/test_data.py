@@ -98,7 +98,7 @@ def test_checkpoint_is_unpacked_once(tmp_path, monkeypatch):
 
 
 GLUE_FILES = {
-    "sst2": ("tsv", "sentence\tlabel\na \"fine\" film \t1\nno wit \t0\n", ('a "fine" film ', None, 1)),
+    "sst2": ("tsv", 'sentence\tlabel\na "fine" film \t1\nno wit \t0\n', ('a "fine" film ', None, 1)),
     "rte": ("tsv", "index\tsentence1\tsentence2\tlabel\n0\tIt rains.\tIt is wet.\tentailment\n1\tA\tB\tnot_entailment\n", ("It rains.", "It is wet.", 0)),
     "cola": ("tsv", "gj04\t1\t\tFred watered the plants flat.\ngj04\t0\t*\tFred water.\n", ("Fred watered the plants flat.", None, 1)),
     "mrpc": ("tsv", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tOne.\tUno.\n0\t1\t2\tA\tB\n", ("One.", "Uno.", 1)),
