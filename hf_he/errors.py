@@ -74,3 +74,7 @@ class RefreshError(HEError):
 
 class DataError(HEError):
     """A data set is missing or is not the pinned version."""
+
+
+class DownloadError(DataError):
+    """A pinned package could not be fetched at all; a package that came but is not the pinned one is a plain DataError."""

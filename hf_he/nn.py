@@ -9,6 +9,7 @@ A polynomial is only right on the interval it was fitted on. In polynomial mode 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -284,12 +285,12 @@ class LayerRange:
             self.out_of_range += int(values.numel() - ((values >= self.interval[0]) & (values <= self.interval[1])).sum())
 
 
-class _Observer:
+class _Observer(ABC):
     def __init__(self, model: nn.Module):
         self.names = {id(module): getattr(module, "layer_name", "") or name for name, module in model.named_modules()}
 
-    def record(self, name: str, module: nn.Module, statistic: str, values: torch.Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def record(self, name: str, module: nn.Module, statistic: str, values: torch.Tensor) -> None: ...
 
 
 @dataclass

