@@ -32,7 +32,7 @@ def inverse_root_depth(approximation: InverseSquareRoot) -> int:
 
 
 def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
-    """The level at which `_inverse_root` leaves 1 / sqrt."""
+    """The level at which `inverse_root` leaves 1 / sqrt."""
     level = top - polynomial.depth(approximation.guess.coefficients)
     for _ in range(approximation.newton_steps):
         level = (level if level >= 3 else top) - 2
@@ -116,7 +116,7 @@ def encrypted(
         total = reduce.sum_features(context, squares, c)
         mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
-        inverse = _inverse_root(context, mapped, approximation, level + 1)
+        inverse = inverse_root(context, mapped, approximation, level + 1)
 
         inverse = backend.drop_level(inverse, level + 1)
         centred = backend.drop_level(centred, level + 2)
@@ -130,7 +130,7 @@ def encrypted(
         return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: _blocks(bias, c)))
 
 
-def _inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
+def inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
     """1 / sqrt of the variance whose image in [-1, 1] is `mapped`; at `level` or higher."""
     backend = context.backend
     low, high = approximation.interval
