@@ -78,3 +78,11 @@ class DataError(HEError):
 
 class DownloadError(DataError):
     """A pinned package could not be fetched at all; a package that came but is not the pinned one is a plain DataError."""
+
+
+class CheckpointError(HEError):
+    """A training checkpoint could not be written, read or shared; the message says which one is intact."""
+
+
+class TrainingError(HEError):
+    """A training message does not fit the run the server holds: another run, another data order, or a step out of turn."""

@@ -90,14 +90,14 @@ class EncryptedBatch:
     batch_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def to_bytes(self) -> bytes:
-        arrays = {"embeddings": _as_array(self.embeddings), "attention_mask": _as_array(self.attention_mask)}
+        arrays = {"embeddings": as_array(self.embeddings), "attention_mask": as_array(self.attention_mask)}
         return pack(BATCH_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, "batches": str(self.batches)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedBatch:
         arrays, metadata = unpack(data, BATCH_KIND)
-        batches = _small_number(metadata, "batches")
-        return cls(Identity.from_metadata(metadata), batches, _as_bytes(arrays, "embeddings"), _as_bytes(arrays, "attention_mask"), _batch_id(metadata))
+        batches = small_number(metadata, "batches")
+        return cls(Identity.from_metadata(metadata), batches, as_bytes(arrays, "embeddings"), as_bytes(arrays, "attention_mask"), _batch_id(metadata))
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,26 @@ class EncryptedResult:
     report: dict[str, Any] = field(repr=False)
 
     def to_bytes(self) -> bytes:
-        arrays = {"logits": _as_array(self.logits), "report": _as_array(json.dumps(self.report).encode())}
+        arrays = {"logits": as_array(self.logits), "report": as_array(json.dumps(self.report).encode())}
         return pack(RESULT_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, "batches": str(self.batches)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedResult:
         arrays, metadata = unpack(data, RESULT_KIND)
-        try:
-            report = json.loads(_as_bytes(arrays, "report"))
-        except (ValueError, RecursionError):
-            raise CorruptFileError("the report inside the result is not JSON: run the inference again") from None
-        for name, kind in _REPORT.items():
-            if not isinstance(report, dict) or not _is(kind, report.get(name)):
-                raise CorruptFileError(f"{name} of the report inside the result is not {kind}: client and server need the same version of hf_he")
-        batches = _small_number(metadata, "batches")
-        return cls(Identity.from_metadata(metadata), batches, _batch_id(metadata), _as_bytes(arrays, "logits"), report)
+        batches = small_number(metadata, "batches")
+        return cls(Identity.from_metadata(metadata), batches, _batch_id(metadata), as_bytes(arrays, "logits"), read_report(arrays))
+
+
+def read_report(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The server's measurements inside a message. Raises CorruptFileError when an entry is missing or of another type."""
+    try:
+        report = json.loads(as_bytes(arrays, "report"))
+    except (ValueError, RecursionError):
+        raise CorruptFileError("the report inside the result is not JSON: run the inference again") from None
+    for name, kind in _REPORT.items():
+        if not isinstance(report, dict) or not _is(kind, report.get(name)):
+            raise CorruptFileError(f"{name} of the report inside the result is not {kind}: client and server need the same version of hf_he")
+    return report
 
 
 def error_to_json(error: BaseException) -> dict[str, str]:
@@ -161,18 +166,21 @@ def _is(kind: str, value: Any) -> bool:
     return isinstance(value, list) and (kind == _LIST or all(_is(_NUMBER, number) for number in value))
 
 
-def _as_array(data: bytes) -> np.ndarray:
+def as_array(data: bytes) -> np.ndarray:
+    """Bytes as an array of a container."""
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def _as_bytes(arrays: dict[str, np.ndarray], name: str) -> bytes:
+def as_bytes(arrays: dict[str, np.ndarray], name: str) -> bytes:
+    """The inverse. Raises CorruptFileError for a missing or other array."""
     array = arrays.get(name)
     if array is None or array.dtype != np.uint8 or array.ndim != 1:
         raise CorruptFileError(f"the message holds no {name!r}: write it again with this version of hf_he")
     return array.tobytes()
 
 
-def _small_number(metadata: dict[str, str], name: str) -> int:
+def small_number(metadata: dict[str, str], name: str) -> int:
+    """A number of batches, 1 to MAX_BATCHES, out of metadata. Raises CorruptFileError for anything else."""
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= MAX_BATCHES):
         raise CorruptFileError(f"the message's {name} must be a number from 1 to {MAX_BATCHES}: split the input into smaller files, or write it again")

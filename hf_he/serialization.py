@@ -150,8 +150,12 @@ def unpack_residues(packed: np.ndarray, modulus: int) -> np.ndarray:
     return whole.astype(np.float64)
 
 
-def write_file(path: str | Path, data: bytes, *, secret: bool = False) -> None:
-    """Write atomically (a temporary file in the same folder, then a rename); `secret` gives mode 0600 from the first byte on."""
+def write_file(path: str | Path, data: bytes, *, secret: bool = False, keep: str | Path | None = None) -> None:
+    """Write atomically (a temporary file in the same folder, then a rename); `secret` gives mode 0600 from the first byte on.
+
+    With `keep`, the file that was there stays under that name, and bytes and names are on the disk before this returns: whenever the
+    process or the machine stops, one of the two is whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -160,7 +164,15 @@ def write_file(path: str | Path, data: bytes, *, secret: bool = False) -> None:
             os.fchmod(descriptor, 0o644)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            if keep is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            Path(keep).unlink(missing_ok=True)
+            os.link(path, keep)
         os.replace(temporary, path)
+        if keep is not None:
+            _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -172,6 +184,14 @@ def read_file(path: str | Path, what: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise CorruptFileError(f"cannot read the {what} file {path}: {error.strerror}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _plain_array(name: str, value: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ class Server:
 
     def open(self, data: bytes) -> Work:
         """Check encrypted-batch bytes completely. Raises CorruptFileError, ParameterError, ModelMismatchError or WrongKeyError."""
-        if _kind(data) == "secret_key":
+        if message_kind(data) == "secret_key":
             raise SecretKeyOnServerError("a secret-key file was sent to the server: consider that key lost, and generate new keys with `hf-he keygen`")
         batch = EncryptedBatch.from_bytes(data)
         batch.identity.check(self.identity, "encrypted batch")
@@ -112,21 +112,25 @@ class Server:
 
     def run(self, work: Work, refresh: Refresh, progress: Progress | None = None) -> bytes:
         """Encrypted-result bytes for checked work. `refresh` takes and returns ciphertext bytes; one run at a time."""
+        return self._locked(refresh, partial(self._classified, work, progress))
+
+    def _locked(self, refresh: Refresh, work: Callable[[], bytes]) -> bytes:
+        """`work()` with the backend's log and the client's refresh function to itself."""
         with self._busy:
             self.backend.log.reset()
             self._client = refresh
-            before = self.session.refresh.count
-            start = time.perf_counter()
             try:
-                logits, batch_seconds = self._forward(work, progress)
+                return work()
             finally:
                 self._client = None
                 self._position = {"state": "idle"}
-            seconds = time.perf_counter() - start
-            round_trips = self.session.refresh.count - before if isinstance(self.session.refresh, ClientRefresh) else 0
-            report = self._report(seconds, batch_seconds, round_trips)
-            result = EncryptedResult(self.identity, work.batches, work.batch_id, self.backend.serialize(logits), report)
-        return result.to_bytes()
+
+    def _classified(self, work: Work, progress: Progress | None) -> bytes:
+        before = self.session.refresh.count
+        start = time.perf_counter()
+        logits, batch_seconds = self._forward(work, progress)
+        report = self._report(time.perf_counter() - start, batch_seconds, self.session.refresh.count - before)
+        return EncryptedResult(self.identity, work.batches, work.batch_id, self.backend.serialize(logits), report).to_bytes()
 
     def infer(self, data: bytes, refresh: Refresh, progress: Progress | None = None) -> bytes:
         """`open` and `run`: the interface that `hf_he.connect(url)` offers for a server in another process."""
@@ -169,6 +173,7 @@ class Server:
         return ciphertext
 
     def _report(self, seconds: float, batch_seconds: list[float], refreshes: int) -> dict[str, Any]:
+        """Measurements since the log was reset, JSON-ready; refreshes count where they are round trips."""
         log = self.backend.log
         return {
             "backend": self.backend.name,
@@ -178,14 +183,15 @@ class Server:
             "by_op": log.by_op(),
             "by_primitive": log.by_primitive(),
             "operations": log.operations(),
-            "refreshes": refreshes,
+            "refreshes": refreshes if isinstance(self.session.refresh, ClientRefresh) else 0,
             "bootstraps": log.operations().get("bootstrap", 0),
             "peak_memory_bytes": peak_memory_bytes(),
             "trace": [[entry.scope, entry.primitive, entry.level, entry.count] for entry in log.trace],
         }
 
 
-def _kind(data: bytes) -> str:
+def message_kind(data: bytes) -> str:
+    """The kind a container names, "" for anything else."""
     try:
         return peek(data)[0]
     except CorruptFileError:
