@@ -9,17 +9,22 @@ The encrypted mask multiplies v before its rotations, beside the scores, where a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from hf_he.approximation import KernelExponential
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import ShapeError
-from hf_he.ops import linear, reduce
+from hf_he.ops import linear, reduce, rotary
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
+from hf_he.ops.rotary import WaitingRotary
+from hf_he.ops.score_masks import causal_pairs, placed
 from hf_he.packing import Packing, ScoreLayout
 
 SCORE_DEPTH = 2
@@ -39,6 +44,17 @@ def reference(
     return (weights @ value).transpose(1, 2)
 
 
+class Prepared(NamedTuple):
+    """What the scores and the weighted sum are made of: q, k and v (masked) unbatched, rotated_v [babies], scores [score ciphertexts]."""
+
+    layout: ScoreLayout
+    q: Ciphertext
+    k: Ciphertext
+    v: Ciphertext
+    rotated_v: Ciphertext
+    scores: Ciphertext
+
+
 def encrypted(
     context: OperationContext,
     query: Operand,
@@ -49,12 +65,33 @@ def encrypted(
     scaling: float,
     approximation: KernelExponential,
     levels: AttentionLevels = DEFAULT_LEVELS,
+    causal: bool = False,
 ) -> Ciphertext:
     """Un-normalised kernel attention of one feature block [1]; the result is at level `levels.value` - 1, canonical.
 
-    `mask`: [1] from `pack_attention_mask`. The scores are refreshed when `levels` leave them too few levels for the kernel. Rotations:
+    `mask`: [1] from `pack_attention_mask`. `causal`: keys up to the query only, one level of the scores. The scores are refreshed when `levels` leave them too few levels for the kernel. Rotations:
     T log2(head_dim / b) at each of levels.query - 1 and levels.value, about 2 T / b + 6 b others.
     """
+    prepared = prepare(context, query, key, value, mask, heads, scaling, approximation, levels, causal)
+    with context.backend.log.measure("attention"):
+        weights = kernel(context, prepared.scores, approximation.squarings, levels.value + 1)
+        return weighted_sum(context, prepared.layout, weights, prepared.rotated_v)
+
+
+def prepare(
+    context: OperationContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    approximation: KernelExponential,
+    levels: AttentionLevels,
+    causal: bool = False,
+) -> Prepared:
+    """Everything up to the scores s / 2^squarings, two levels below levels.query, three when `causal`: then -1 where the key is ahead of the
+    query, which makes the kernel (1 - 1)^(2^squarings) and its derivative exactly 0 there."""
     for name, operand in (("query", query), ("key", key), ("value", value)):
         if operand.features != context.packing.features:
             raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
@@ -62,32 +99,40 @@ def encrypted(
     backend = context.backend
     q, k, v = project(query, key, value, levels)
     with backend.log.measure("attention"):
-        babies = [a * context.packing.token_stride for a in range(layout.babies)]
-        rotated_k = backend.rotate(k, babies)
-        rotated_v = backend.rotate(_masked(context, v, mask, levels.value), babies)
+        rotated_k = backend.rotate(k, baby_steps(layout))
+        v = _masked(context, v, mask, levels.value)
+        rotated_v = backend.rotate(v, baby_steps(layout))
         scores = _scores(context, layout, q, rotated_k, -0.5 * scaling / approximation.degree)
-        weights = _kernel(context, scores, approximation.squarings, levels.value + 1)
-        weights = backend.drop_level(weights, levels.value + 1)
-        return backend.reshape(_weighted_sum(context, layout, weights, rotated_v), (1,))
+        if causal:
+            scores = _causal(context, layout, scores, approximation.squarings + levels.value + 2)
+    return Prepared(layout, q, k, v, rotated_v, scores)
 
 
 def project(query: Operand, key: Operand, value: Operand, levels: AttentionLevels = DEFAULT_LEVELS) -> tuple[Ciphertext, Ciphertext, Ciphertext]:
     """q and k at levels.query, v one above levels.value, unbatched; maps of one input that are still waiting and end at one level are one
     matrix product."""
-    operands = (query, key, value)
+    operands = [operand.source if _rotates(operand) else operand for operand in (query, key, value)]
     context = query.context
     backend = context.backend
-    wanted = (levels.query, levels.query, levels.value + 1)
-    waiting = all(isinstance(o, WaitingLinear) and o.waiting for o in operands)
-    if not waiting or not query.source is key.source is value.source:
-        return tuple(_at_level(operand, level) for operand, level in zip(operands, wanted, strict=True))
-    query.source.ensure(max(wanted) + 1)
-    results: dict[int, Ciphertext] = {}
-    for level in sorted(set(wanted), reverse=True):
-        members = [i for i in range(3) if wanted[i] == level]
-        stacked = linear.encrypted(context, query.source, [operands[i] for i in members], level)
-        results |= {i: backend.take(stacked, position) for position, i in enumerate(members)}
-    return results[0], results[1], results[2]
+    ends = (levels.query, levels.query, levels.value + 1)
+    wanted = [end + _rotates(operand) for end, operand in zip(ends, (query, key, value), strict=True)]
+    source = getattr(operands[0], "source", None)
+    if all(isinstance(o, WaitingLinear) and o.waiting and o.source is source for o in operands):
+        source.ensure(max(wanted) + 1)
+        results: dict[int, Ciphertext] = {}
+        for level in sorted(set(wanted), reverse=True):
+            members = [i for i in range(3) if wanted[i] == level]
+            stacked = linear.encrypted(context, source, [operands[i] for i in members], level)
+            results |= {i: backend.take(stacked, position) for position, i in enumerate(members)}
+        projected = [results[i] for i in range(3)]
+    else:
+        projected = [_at_level(operand, level) for operand, level in zip(operands, wanted, strict=True)]
+    q, k, v = (rotary.encrypted(context, ct, o.rotation) if _rotates(o) else ct for o, ct in zip((query, key, value), projected, strict=True))
+    return q, k, v
+
+
+def _rotates(operand: Operand) -> bool:
+    return isinstance(operand, WaitingRotary) and operand.waiting
 
 
 def _at_level(operand: Operand, level: int) -> Ciphertext:
@@ -97,18 +142,29 @@ def _at_level(operand: Operand, level: int) -> Ciphertext:
 
 
 def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:
-    """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0.
+    """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0."""
+    backend = context.backend
+    rotated_q = backend.rotate(q, giant_steps(layout, -1))
+
+    def squares() -> Iterator[Ciphertext]:
+        for g in range(layout.giants):
+            difference = backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
+            yield backend.multiply(difference, difference)
+
+    return collect(context, layout, squares(), factor)
+
+
+def collect(context: OperationContext, layout: ScoreLayout, products: Iterable[Ciphertext], factor: float) -> Ciphertext:
+    """[score ciphertexts] holding factor * (sums over each head) of `products`, [babies] of 3 components per giant step; two levels below them.
 
     Each diagonal is summed into the window of its giant step by rotate-and-add, and from there into its own feature by the transpose of
     what copies it back later: masks that also carry `factor`, summed over the diagonals, then one rotation per offset. One giant step after
-    another, because all squares at once would take gigabytes.
+    another, because all products at once would take gigabytes.
     """
-    backend, stride, b = context.backend, context.packing.token_stride, layout.babies
-    rotated_q = backend.rotate(q, [-g * b * stride for g in range(layout.giants)])
+    backend, b = context.backend, layout.babies
     sums = []
-    for g in range(layout.giants):
-        difference = backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
-        partial = backend.relinearize(backend.rescale(backend.multiply(difference, difference)))
+    for g, product in enumerate(products):
+        partial = backend.relinearize(backend.rescale(product))
         for step in window_steps(layout, layout.window(g)):
             partial = reduce.rotate_and_add(context, partial, step)
         sums.append(partial)
@@ -123,7 +179,16 @@ def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotat
     return backend.rescale(backend.stack(parts))
 
 
-def _kernel(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
+def _causal(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, wanted: int) -> Ciphertext:
+    """m (1 + scores) - 1 for the causal mask m: one level; without one the scores are refreshed first, to `wanted` if there are as many."""
+    backend = context.backend
+    if scores.level < 1:
+        scores = context.ensure_level(scores, min(wanted, context.top))
+    kept = context.multiply_constant(backend.add_scalar(scores, 1.0), ("causal", layout), lambda: placed(layout, causal_pairs(layout.packing.tokens)))
+    return backend.add_scalar(kept, -1.0)
+
+
+def kernel(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
     """(1 + x)^(2^squarings), at `level` or higher; one refresh, at once, where one is enough."""
     x = context.backend.add_scalar(scores, 1.0)
     if squarings + level <= context.top:
@@ -142,22 +207,39 @@ def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | Non
     return context.product(value, backend.drop_level(mask, level + 1))
 
 
-def _weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:
-    """sum_j (score j over its head) * v_j, canonical, one level below v and two below the weights."""
-    backend, b = context.backend, layout.babies
-    product_scale = backend.parameters.scale_at(rotated_v.level - 1) * backend.parameters.moduli[rotated_v.level]
-    factor = product_scale / rotated_v.scale * backend.parameters.moduli[weights.level] / weights.scale
-    rotated = [backend.rotate(backend.take(weights, s), offsets(layout)) for s in range(layout.ciphertexts)]
-    sums = []
+def weighted_sum(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_v: Ciphertext) -> Ciphertext:
+    """sum_j (score j over its head) * v_j, [1], canonical, one level below v; `weights` are above v."""
+    backend = context.backend
+    sums = [backend.sum(backend.multiply(copied, rotated_v)) for copied in copies(context, layout, weights, rotated_v)]
+    products = backend.relinearize(backend.stack(sums))
+    return backend.reshape(backend.rescale(backend.sum_rotated(products, giant_steps(layout))), (1,))
+
+
+def copies(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, other: Ciphertext) -> Iterator[Ciphertext]:
+    """Per giant step, [babies]: each score over all features of its head, at the level of `other`, and at the scale with which the
+    product with it is canonical after rescaling; `scores` are above `other`."""
+    backend = context.backend
+    scores = backend.drop_level(scores, other.level + 1)
+    product_scale = backend.parameters.scale_at(other.level - 1) * backend.parameters.moduli[other.level]
+    factor = product_scale / other.scale * backend.parameters.moduli[scores.level] / scores.scale
+    rotated = [backend.rotate(backend.take(scores, s), offsets(layout)) for s in range(layout.ciphertexts)]
     for g in range(layout.giants):
         window = layout.window(g)
-        masks = context.constant(("copy", layout, window), weights.level, factor, lambda w=window: copy_masks(layout, w))
-        copies = backend.rescale(backend.multiply_plain_sum(masks, rotated[layout.ciphertext(g)]))
+        masks = context.constant(("copy", layout, window), scores.level, factor, lambda w=window: copy_masks(layout, w))
+        copied = backend.rescale(backend.multiply_plain_sum(masks, rotated[layout.ciphertext(g)]))
         for step in reversed(window_steps(layout, window)):
-            copies = reduce.rotate_and_add(context, copies, -step)
-        sums.append(backend.sum(backend.multiply(copies, rotated_v)))
-    products = backend.relinearize(backend.stack(sums))
-    return backend.rescale(backend.sum_rotated(products, [g * b * context.packing.token_stride for g in range(layout.giants)]))
+            copied = reduce.rotate_and_add(context, copied, -step)
+        yield copied
+
+
+def baby_steps(layout: ScoreLayout, sign: int = 1) -> list[int]:
+    """Rotations by 0 .. babies - 1 tokens."""
+    return [sign * a * layout.packing.token_stride for a in range(layout.babies)]
+
+
+def giant_steps(layout: ScoreLayout, sign: int = 1) -> list[int]:
+    """Rotations by 0 .. giants - 1 times `babies` tokens."""
+    return [sign * g * layout.babies * layout.packing.token_stride for g in range(layout.giants)]
 
 
 def offsets(layout: ScoreLayout) -> list[int]:
@@ -197,8 +279,7 @@ def copy_masks(layout: ScoreLayout, window: int) -> np.ndarray:
 def rotations(packing: Packing, heads: int) -> set[int]:
     """Rotation steps of `encrypted`, projections not included."""
     layout = ScoreLayout(packing, heads)
-    b, stride = layout.babies, packing.token_stride
-    steps = {a * stride for a in range(b)} | {sign * g * b * stride for g in range(layout.giants) for sign in (1, -1)} | set(offsets(layout))
+    steps = {*baby_steps(layout), *giant_steps(layout), *giant_steps(layout, -1), *offsets(layout)}
     for window in range(min(layout.windows, layout.giants)):
         steps |= {sign * step for step in window_steps(layout, window) for sign in (1, -1)}
     return {step % packing.slots for step in steps} - {0}

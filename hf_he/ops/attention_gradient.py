@@ -1,0 +1,231 @@
+"""Gradients of Gaussian-kernel attention between ciphertexts (the forward is `hf_he.ops.attention`).
+
+With s_ij = -scaling / 2 |q_i - k_j|^2, w_ij = K(s_ij) = (1 + s_ij / 2^k)^(2^k) and o_i = sum_j w_ij m_j v_j, for the gradient do of o:
+
+    dv_j = m_j sum_i w_ij do_i        ds_ij = (do_i . m_j v_j) K'(s_ij)        K'(s) = (1 + s / 2^k)^(2^k - 1)
+    dq_i = scaling sum_j ds_ij (k_j - q_i)        dk_j = -scaling sum_i ds_ij (k_j - q_i)
+
+Everything stays un-aligned: in the lane of token t the score (g, a) belongs to query t - g b and key t + a, so do is rotated as q is,
+do . v is collected into the score ciphertexts as the squares are, and one giant step after another is copied over the heads and multiplied.
+Sums over the babies belong to queries (rotated by g b), sums over the giants to keys (rotated by -a). K' takes no level of its own:
+(do . v) prod_{i < k} (1 + x)^(2^i) is multiplied up beside the squarings of (1 + x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_he.approximation import KernelExponential
+from hf_he.backends.base import Ciphertext
+from hf_he.ops import attention
+from hf_he.ops.context import OperationContext
+from hf_he.ops.operand import Operand
+from hf_he.ops.placement import AttentionLevels
+from hf_he.packing import Packing, ScoreLayout
+
+Policy = Literal["recompute", "keep"]
+
+TRAINING_LEVELS = AttentionLevels(query=2, value=2)
+"""Masked values are two levels high, as do . v needs them."""
+
+GRADIENT_DEPTH = 2
+"""Levels from the kernel or its slopes to the gradients: copy mask, product."""
+
+Gradients = tuple[Operand | None, Operand | None, Operand | None]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward needs of one forward, unbatched: q, k and the masked v; the encrypted mask [1]; and of the kernel, by policy, the
+    scores s / 2^squarings [score ciphertexts] ("recompute") or kernel and derivative [2, score ciphertexts] ("keep")."""
+
+    heads: int
+    scaling: float
+    approximation: KernelExponential
+    policy: Policy
+    mask: Ciphertext | None
+    q: Ciphertext
+    k: Ciphertext
+    v: Ciphertext
+    scores: Ciphertext
+
+
+def forward(
+    context: OperationContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    approximation: KernelExponential,
+    levels: AttentionLevels = TRAINING_LEVELS,
+    policy: Policy = "recompute",
+) -> tuple[Ciphertext, Saved]:
+    """`attention.encrypted`, and what `backward` needs.
+
+    "recompute" saves the scores and squares again in the backward: no more work here, and one refresh of two narrow ciphertexts there, if the
+    levels suffice for all squarings. "keep" multiplies up the derivative beside the kernel (squarings - 1 more products) and saves both.
+    """
+    prepared = attention.prepare(context, query, key, value, mask, heads, scaling, approximation, levels)
+    level = levels.value + 1
+    with context.backend.log.measure("attention"):
+        if policy == "keep":
+            scores = _kernel_and_derivative(context, prepared.scores, approximation.squarings, level)
+            weights = context.backend.take(scores, 0)
+        else:
+            scores = prepared.scores
+            weights = attention.kernel(context, scores, approximation.squarings, level)
+        out = attention.weighted_sum(context, prepared.layout, weights, prepared.rotated_v)
+    return out, Saved(heads, scaling, approximation, policy, mask, prepared.q, prepared.k, prepared.v, scores)
+
+
+def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1) -> Gradients:
+    """Gradients of query, key and value, [1] each at level `output`, canonical; None where `needs` says so.
+
+    `gradient`: of the attention's result [1], at any level. Of it `output` + 1 levels are used for values (one more under a mask) and 2 for
+    queries and keys, of q and k `output` + 1, of the kernel and its slopes GRADIENT_DEPTH more than `output` (one more under a mask). What
+    falls short is refreshed: whole states together, then score ciphertexts together. T log2(head_dim / b) rotations for do . v, as many for
+    the slopes, as many for the weights; about 3 b + 4 T / b others.
+    """
+    backend, layout = context.backend, ScoreLayout(context.packing, saved.heads)
+    for_scores, for_values = needs[0] or needs[1], needs[2]
+    if not for_scores and not for_values:
+        return None, None, None
+    masked = saved.mask is not None
+    value_level = output + 1 + masked if for_values else 0
+    depth = max(value_level, attention.SCORE_DEPTH if for_scores else 0)
+    q, k, v, dq, dk, dv = saved.q, saved.k, saved.v, None, None, None
+    with backend.log.measure("attention"):
+        do = backend.take(gradient.at_least(depth), 0)
+        if for_scores:
+            do, q, k, v = _ensured(context, [(do, depth), (q, output + 1), (k, output + 1), (v, attention.SCORE_DEPTH)])
+        else:
+            do = context.ensure_level(do, depth)
+        kernel_level = output + GRADIENT_DEPTH + (masked and for_values)
+        product_level = _product_level(saved, kernel_level, min(do.level, v.level))
+        do = backend.drop_level(do, max(value_level, product_level if for_scores else 0))
+        rotated = backend.rotate(do, attention.giant_steps(layout, -1))
+        errors = _errors(context, layout, backend.drop_level(rotated, product_level), v, saved.scaling) if for_scores else None
+        weights, slopes = _weights_and_slopes(context, saved, errors, kernel_level)
+        if slopes is not None:
+            dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
+        if for_values:
+            dv = _value(context, layout, saved.mask, weights, backend.drop_level(rotated, value_level))
+    return _operand(context, dq), _operand(context, dk), _operand(context, dv)
+
+
+def _operand(context: OperationContext, ct: Ciphertext | None) -> Operand | None:
+    return None if ct is None else Operand(context, context.packing.features, context.backend.reshape(ct, (1,)))
+
+
+def _ensured(context: OperationContext, wanted: Sequence[tuple[Ciphertext, int]]) -> list[Ciphertext]:
+    """Ciphertexts of one batch shape with at least the levels asked for; those that fall short are refreshed in one batch."""
+    low = [i for i, (ct, depth) in enumerate(wanted) if ct.level < depth]
+    found = [ct for ct, _ in wanted]
+    if low:
+        level = min(found[i].level for i in low)
+        together = context.backend.stack([context.backend.match_level(found[i], level) for i in low])
+        fresh = context.ensure_level(together, max(wanted[i][1] for i in low))
+        for position, i in enumerate(low):
+            found[i] = context.backend.take(fresh, position)
+    return found
+
+
+def _kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
+    """[2, score ciphertexts]: (1 + x)^n and (1 + x)^(n - 1), n = 2^squarings, at `level` or higher."""
+    backend = context.backend
+    x = backend.add_scalar(scores, 1.0)
+    x = context.ensure_level(x, squarings + level if squarings + level <= context.top else 1)
+    square = context.square(x)
+    pair = backend.stack([square, backend.match_level(x, square.level)])
+    for _ in range(squarings - 1):
+        pair = context.ensure_level(pair, 1)
+        pair = context.product(pair, backend.take(pair, 0))
+    return context.ensure_level(pair, level)
+
+
+def _product_level(saved: Saved, kernel_level: int, available: int) -> int:
+    """Where do . v is multiplied: high enough for all that follows, or, where a refresh is needed anyway, as low as it can be."""
+    rest = 1 if saved.policy == "keep" else saved.approximation.squarings
+    level = kernel_level + rest + attention.SCORE_DEPTH
+    return level if level <= available else attention.SCORE_DEPTH
+
+
+def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, scaling: float) -> Ciphertext:
+    """[score ciphertexts]: scaling * do_i . v_j in the place of score (i, j), two levels below `rotated_do` [giants]."""
+    backend = context.backend
+    rotated_v = backend.rotate(backend.drop_level(v, rotated_do.level), attention.baby_steps(layout))
+    products = (backend.multiply(rotated_v, backend.reshape(backend.take(rotated_do, g), (1,))) for g in range(layout.giants))
+    return attention.collect(context, layout, products, scaling)
+
+
+def _weights_and_slopes(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
+    """Kernel w, and errors * K' where there are errors; [score ciphertexts] each, at `level` or higher."""
+    backend, squarings = context.backend, saved.approximation.squarings
+    if saved.policy == "keep":
+        weights, derivative = (backend.take(saved.scores, i) for i in range(2))
+        if errors is None:
+            return context.ensure_level(weights, level), None
+        weights, derivative, errors = _ensured(context, [(weights, level), (derivative, level + 1), (errors, level + 1)])
+        return weights, context.product(backend.match_level(derivative, level + 1), backend.match_level(errors, level + 1))
+    if errors is None:
+        return attention.kernel(context, saved.scores, squarings, level), None
+    x = backend.add_scalar(saved.scores, 1.0)
+    enough = squarings + level if squarings + level <= context.top else 1
+    x, errors = _ensured(context, [(x, enough), (errors, enough)])
+    start = min(x.level, errors.level)
+    pair = backend.stack([backend.match_level(ct, start) for ct in (x, errors)])
+    for _ in range(squarings):
+        pair = context.ensure_level(pair, 1)
+        pair = context.product(pair, backend.take(pair, 0))
+    pair = context.ensure_level(pair, level)
+    return backend.take(pair, 0), backend.take(pair, 1)
+
+
+def _query_and_key(
+    context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
+) -> tuple[Ciphertext | None, Ciphertext | None]:
+    """sum_j slope_ij (k_j - q_i), and minus the same sum over i, at `output`."""
+    backend = context.backend
+    rotated_k = backend.rotate(backend.match_level(k, output + 1), attention.baby_steps(layout))
+    rotated_q = backend.rotate(backend.match_level(q, output + 1), attention.giant_steps(layout, -1))
+    queries: list[Ciphertext] = []
+    keys: Ciphertext | None = None
+    for g, copied in enumerate(attention.copies(context, layout, slopes, rotated_k)):
+        product = backend.multiply(copied, backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,))))
+        if needs[0]:
+            queries.append(backend.sum(product))
+        if needs[1]:
+            keys = product if keys is None else backend.add(keys, product)
+    dq = _aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
+    dk = None if keys is None else backend.negate(_aligned(context, keys, attention.baby_steps(layout, -1)))
+    return dq, dk
+
+
+def _value(context: OperationContext, layout: ScoreLayout, mask: Ciphertext | None, weights: Ciphertext, rotated_do: Ciphertext) -> Ciphertext:
+    """mask * sum_i w_ij do_i, one level below `rotated_do`, or two under a mask."""
+    backend = context.backend
+    total: Ciphertext | None = None
+    for g, copied in enumerate(attention.copies(context, layout, weights, rotated_do)):
+        product = backend.multiply(copied, backend.reshape(backend.take(rotated_do, g), (1,)))
+        total = product if total is None else backend.add(total, product)
+    assert total is not None
+    dv = _aligned(context, total, attention.baby_steps(layout, -1))
+    if mask is None:
+        return dv
+    return context.product(dv, backend.match_level(context.ensure_level(backend.take(mask, 0), dv.level), dv.level))
+
+
+def _aligned(context: OperationContext, products: Ciphertext, steps: Sequence[int]) -> Ciphertext:
+    """sum_i rotate(products[i], steps[i]) of 3 components, relinearised, moved and rescaled once."""
+    backend = context.backend
+    return backend.rescale(backend.sum_rotated(backend.relinearize(products), steps))
+
+
+def rotations(packing: Packing, heads: int) -> set[int]:
+    """Rotation steps of `forward` and `backward`, projections not included."""
+    backwards = {step % packing.slots for step in attention.baby_steps(ScoreLayout(packing, heads), -1)}
+    return attention.rotations(packing, heads) | backwards - {0}
