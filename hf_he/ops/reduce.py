@@ -43,6 +43,18 @@ def replicate_features(context: OperationContext, ct: Ciphertext, width: int) ->
     return ct
 
 
+def lane_steps(packing: Packing) -> list[int]:
+    """Rotations that, added one after another, sum over all token lanes."""
+    return power_steps(packing.token_stride, packing.slots)
+
+
+def sum_lanes(context: OperationContext, ct: Ciphertext) -> Ciphertext:
+    """Sums over the token lanes, in every lane, which are cyclic. log2(T) rotations, no level."""
+    for step in lane_steps(context.packing):
+        ct = rotate_and_add(context, ct, step)
+    return ct
+
+
 def first_of(width: int, value: float = 1.0) -> np.ndarray:
     """[width] holding `value` in its first place: a periodic mask that selects features divisible by `width`."""
     mask = np.zeros(width)
