@@ -190,13 +190,15 @@ def causal_keep_mask(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`create_causal_mask` as booleans [B, 1, T, S], True keeps, whatever implementation the model's config names.
+    """`create_causal_mask` as booleans [B, 1, T, S], True keeps, whatever implementation the model's config names. Overridable.
 
     Args:
         inputs_embeds: [B, T, ...], for its shape and device.
         attention_mask: [B, S] with 1 for real tokens, or a finished [B, 1, T, S], returned as it is.
         kwargs: ignored; the name and signature under which `generate` asks a model for the masks of a static cache have more.
     """
+    if has_torch_function((inputs_embeds, attention_mask)):
+        return handle_torch_function(causal_keep_mask, (inputs_embeds, attention_mask), inputs_embeds, attention_mask, past_key_values, position_ids)
     return create_causal_mask(_KEEP_MASK, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 

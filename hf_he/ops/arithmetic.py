@@ -29,6 +29,12 @@ class WaitingSum(Operand):
             return super().ciphertext.level
         return min(summand.level for summand in self._summands)
 
+    def select(self, rows: np.ndarray) -> Operand:
+        if self._summands is None:
+            return super().select(rows)
+        a, b = self._summands
+        return WaitingSum(a.select(rows), b.select(rows))
+
     def at_least(self, level: int) -> Ciphertext:
         if self._summands is not None:
             level = min(level, self.level)

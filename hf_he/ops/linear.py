@@ -109,6 +109,13 @@ class WaitingLinear(Operand):
             self._ciphertext = self.compute(level)
         return self.ciphertext
 
+    def select(self, rows: np.ndarray) -> Operand:
+        if self._ciphertext is not None:
+            return super().select(rows)
+        tag = ("rows", rows.tobytes())
+        weight, bias = (None if t is None else self.context.derived(t, tag, lambda t: t.detach()[torch.from_numpy(rows)]) for t in (self.weight, self.bias))
+        return WaitingLinear(self.source, weight, bias)
+
     def compute(self, level: int, gain: float = 1.0, shift: float = 0.0) -> Ciphertext:
         """gain * (weight x + bias) + shift at `level`, not kept; padding features and, when pooled, other tokens stay 0."""
         return encrypted(self.context, self.source, [self], level, gain, shift)

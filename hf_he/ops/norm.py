@@ -1,6 +1,6 @@
-"""LayerNorm: sums over the features by rotate-and-add, 1 / sqrt by polynomial and Newton steps on one statistic ciphertext.
+"""LayerNorm and RMSNorm: sums over the features by rotate-and-add, 1 / sqrt by polynomial and Newton steps on one statistic ciphertext.
 
-The variance is masked, mapped to [-1, 1] by the same mask, and copied over its lane before it is refreshed: the refreshed ciphertext is
+RMSNorm (Zhang and Sennrich, 2019) is the same without the mean, one level less: x stands for x - mean. The variance is masked, mapped to [-1, 1] by the same mask, and copied over its lane before it is refreshed: the refreshed ciphertext is
 one, whatever the width. weight * (x - mean) is computed beside it, so that the affine part adds no level.
 """
 
@@ -18,6 +18,13 @@ from hf_he.ops.placement import NormLevels
 
 STATISTIC_DEPTH = 3
 """Levels from the input to the mapped variance: mean, square, variance."""
+
+RMS_STATISTIC_DEPTH = STATISTIC_DEPTH - 1
+
+
+def rms_reference(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, approximation: InverseSquareRoot) -> torch.Tensor:
+    """[B, T, F] -> [B, T, F] with the polynomial inverse square root."""
+    return weight * hidden_states * approximation(hidden_states.square().mean(-1, keepdim=True) + eps)
 
 
 def reference(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, approximation: InverseSquareRoot) -> torch.Tensor:
@@ -40,7 +47,7 @@ def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
 
 
 class WaitingNorm(Operand):
-    """LayerNorm of `source` at planned `levels`; without them it is computed when its consumer has said how many levels it needs: exactly
+    """LayerNorm, or RMSNorm without `centre`, of `source` at planned `levels`; without them it is computed when its consumer has said how many levels it needs: exactly
     those if the result can have them, otherwise none, since it will be refreshed."""
 
     def __init__(
@@ -51,12 +58,14 @@ class WaitingNorm(Operand):
         eps: float,
         approximation: InverseSquareRoot,
         levels: NormLevels | None = None,
+        centre: bool = True,
     ) -> None:
         super().__init__(source.context, source.features)
         self._levels = levels
+        self._centre = centre
         if source.features != source.context.packing.features:
             raise ShapeError(
-                f"LayerNorm over {source.features} features needs a packing of as many features per ciphertext, this one has {source.context.packing.features}"
+                f"a norm over {source.features} features needs a packing of as many features per ciphertext, this one has {source.context.packing.features}"
             )
         self._source: Operand | None = source
         self._layer = (weight, bias, eps, approximation)
@@ -71,13 +80,14 @@ class WaitingNorm(Operand):
             return super().ciphertext.level
         if self._levels is not None:
             return self._levels.output
-        available = self._source.level if self._source.level >= STATISTIC_DEPTH else self.context.top
-        return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - STATISTIC_DEPTH)
+        depth = statistic_depth(self._centre)
+        available = self._source.level if self._source.level >= depth else self.context.top
+        return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - depth)
 
     def at_least(self, level: int) -> Ciphertext:
         if self._source is not None:
             levels = self._levels or NormLevels(0, min(level, self.level))
-            self._ciphertext = encrypted(self.context, self._source, *self._layer, levels)
+            self._ciphertext = encrypted(self.context, self._source, *self._layer, levels, self._centre)
             self._source = None
         return super().ciphertext
 
@@ -94,25 +104,24 @@ def encrypted(
     eps: float,
     approximation: InverseSquareRoot,
     levels: NormLevels,
+    centre: bool = True,
 ) -> Ciphertext:
     """weight * (x - mean) / sqrt(variance + eps) + bias at levels.output (at most what WaitingNorm.level says without a plan).
 
-    The statistic is refreshed when levels.statistic is too low for 1 / sqrt, more than once when guess and Newton steps exceed the
-    parameters' levels; 4 log2(c) rotations.
+    Without `centre` the mean counts as 0. The statistic is refreshed when levels.statistic is too low for 1 / sqrt, more than once when guess and Newton steps exceed the
+    parameters' levels; 4 log2(c) rotations, half as many without `centre`.
     """
     backend, c = context.backend, context.packing.features
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
-    level, first = levels.output, max(levels.output, levels.statistic) + STATISTIC_DEPTH
+    depth = statistic_depth(centre)
+    level, first = levels.output, max(levels.output, levels.statistic) + depth
     if operand.level < first:
         operand.ensure(first)
     hidden = operand.at_least(first)
     with backend.log.measure("norm"):
-        total = reduce.sum_features(context, backend.drop_level(hidden, first), c)
-        mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
-        mean = reduce.replicate_features(context, mean, c)
-        centred = backend.subtract(backend.match_level(hidden, mean.level), mean)
-        squares = context.square(backend.drop_level(centred, levels.statistic + STATISTIC_DEPTH - 1))
+        centred = _centred(context, hidden, first) if centre else hidden
+        squares = context.square(backend.drop_level(centred, levels.statistic + RMS_STATISTIC_DEPTH))
         total = reduce.sum_features(context, squares, c)
         mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
@@ -128,6 +137,20 @@ def encrypted(
         if bias is None:
             return out
         return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: _blocks(bias, c)))
+
+
+def statistic_depth(centre: bool) -> int:
+    """Levels from the input to the mapped variance."""
+    return STATISTIC_DEPTH if centre else RMS_STATISTIC_DEPTH
+
+
+def _centred(context: OperationContext, hidden: Ciphertext, level: int) -> Ciphertext:
+    """x - mean, one below `level`."""
+    backend, c = context.backend, context.packing.features
+    total = reduce.sum_features(context, backend.drop_level(hidden, level), c)
+    mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
+    mean = reduce.replicate_features(context, mean, c)
+    return backend.subtract(backend.match_level(hidden, mean.level), mean)
 
 
 def inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from hf_he.backends.base import Ciphertext
+from hf_he.errors import UnsupportedEncryptedOperation
 from hf_he.ops.context import OperationContext
 
 
@@ -46,6 +49,15 @@ class Operand:
     def at_least(self, level: int) -> Ciphertext:
         """The canonical ciphertext at `level` or above; one that is yet to be computed is computed no higher."""
         return self.ciphertext
+
+    def select(self, rows: np.ndarray) -> Operand:
+        """The features `rows` in this order, which linear maps that are still waiting fold into their weights.
+
+        Raises UnsupportedEncryptedOperation for anything that is already computed: moving features about would take a level and rotations.
+        """
+        raise UnsupportedEncryptedOperation(
+            "features can only be reordered while the linear map that makes them is waiting: compute queries, keys and values with plain weights and their sums"
+        )
 
     def babies(self, count: int, level: int) -> Ciphertext:
         """[count, blocks] rotations by 0 .. count - 1 at `level`, hoisted; kept for other linear maps of the same input."""
