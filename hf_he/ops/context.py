@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class OperationContext:
         self.refresh = refresh
         self._levels: dict[int, Levels] = {}
         self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
+        self._derived: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def top(self) -> int:
@@ -48,6 +49,21 @@ class OperationContext:
         with self.backend.log.measure("refresh"):
             return self.refresh.refresh(self.backend, ct, depth)
 
+    def ensure_levels(self, wanted: Sequence[tuple[Ciphertext, int]]) -> list[Ciphertext]:
+        """Each (ciphertext, depth) with at least that many levels; those that fall short are refreshed in one batch. Errors of `ensure_level`."""
+        found = [ct for ct, _ in wanted]
+        low = [i for i, (ct, depth) in enumerate(wanted) if ct.level < depth]
+        if len(low) < 2:
+            return [self.ensure_level(ct, depth) for ct, depth in wanted]
+        backend, level = self.backend, min(found[i].level for i in low)
+        flat = [backend.reshape(backend.match_level(found[i], level), (found[i].count,)) for i in low]
+        together = backend.stack([backend.take(ct, position) for ct in flat for position in range(ct.count)])
+        fresh, end = self.ensure_level(together, max(wanted[i][1] for i in low)), 0
+        for i in low:
+            end += found[i].count
+            found[i] = backend.reshape(backend.take(fresh, slice(end - found[i].count, end)), found[i].batch_shape)
+        return found
+
     def canonical_factor(self, level: int, scale: float) -> float:
         """The scale a factor needs so that its product with an operand of `scale` at `level` is canonical after one rescale."""
         parameters = self.backend.parameters
@@ -63,6 +79,13 @@ class OperationContext:
     def constant(self, tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
         """A plaintext that depends on the packing only."""
         return self.encoded((), tag, level, scale, build)
+
+    def derived(self, owner: torch.Tensor, tag: Hashable, build: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """build(owner), made once: what is encoded from it is then encoded once too. A changed `owner` gives a new tensor."""
+        key = (id(owner), getattr(owner, "_version", 0), tag)
+        if key not in self._derived:
+            self._derived[key] = (owner, build(owner))
+        return self._derived[key][1]
 
     def multiply_constant(self, ct: Ciphertext, tag: Hashable, build: Callable[[], np.ndarray], level: int | None = None) -> Ciphertext:
         """`ct` times a constant vector, rescaled to the canonical scale: one level. With `level`, at that lower level."""
