@@ -19,7 +19,7 @@ def _reshape(tensor: EncryptedTensor, *shape: Any) -> EncryptedTensor:
     packing, features = tensor.session.packing, tensor.operand.features
     if tuple(sizes) == tuple(tensor.shape):
         return tensor
-    if tensor.kind in (HIDDEN, SPLIT) and sizes[:2] == [packing.sequences, packing.tokens] and torch.Size(sizes).numel() == total:
+    if tensor.kind in (HIDDEN, SPLIT) and sizes[:2] == [packing.sequences, tensor.session.tokens] and torch.Size(sizes).numel() == total:
         if len(sizes) == 4:
             return EncryptedTensor(tensor.operand, tuple(sizes), SPLIT)
         if sizes[2:] == [features]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class OperationContext:
         self.backend = backend
         self.packing = packing
         self.refresh = refresh
+        self.replicated = False
         self._levels: dict[int, Levels] = {}
         self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
         self._derived: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -29,6 +31,20 @@ class OperationContext:
     @property
     def top(self) -> int:
         return self.backend.parameters.max_level
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a state shows: those of the packing, or one."""
+        return 1 if self.replicated else self.packing.tokens
+
+    @contextmanager
+    def single_token(self) -> Iterator[None]:
+        """Inside, states hold one token per sequence, the same in every token lane; compute them before the block ends."""
+        self.replicated = True
+        try:
+            yield
+        finally:
+            self.replicated = False
 
     def place(self, model: torch.nn.Module, levels: Mapping[str, Levels]) -> None:
         """Run the named submodules of `model` at these levels; what is not named runs at its defaults."""
