@@ -115,7 +115,7 @@ def state_tensor(operand: Operand) -> EncryptedTensor:
     packing = operand.context.packing
     if operand.pooled:
         return EncryptedTensor(operand, (packing.sequences, operand.features), POOLED)
-    return EncryptedTensor(operand, (packing.sequences, packing.tokens, operand.features), HIDDEN)
+    return EncryptedTensor(operand, (packing.sequences, operand.context.tokens, operand.features), HIDDEN)
 
 
 def unsupported(func: Any, why: str = "") -> UnsupportedEncryptedOperation:
