@@ -101,7 +101,7 @@ def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: 
     with backend.log.measure("attention"):
         do = backend.take(gradient.at_least(depth), 0)
         if for_scores:
-            do, q, k, v = _ensured(context, [(do, depth), (q, output + 1), (k, output + 1), (v, attention.SCORE_DEPTH)])
+            do, q, k, v = context.ensure_levels([(do, depth), (q, output + 1), (k, output + 1), (v, attention.SCORE_DEPTH)])
         else:
             do = context.ensure_level(do, depth)
         kernel_level = output + GRADIENT_DEPTH + (masked and for_values)
@@ -109,29 +109,18 @@ def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: 
         do = backend.drop_level(do, max(value_level, product_level if for_scores else 0))
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
         errors = _errors(context, layout, backend.drop_level(rotated, product_level), v, saved.scaling) if for_scores else None
-        weights, slopes = _weights_and_slopes(context, saved, errors, kernel_level)
+        weights, slopes = _narrow(context, saved, errors, kernel_level)
         if slopes is not None:
             dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
-            dv = _value(context, layout, saved.mask, weights, backend.drop_level(rotated, value_level))
-    return _operand(context, dq), _operand(context, dk), _operand(context, dv)
+            dv = value_gradient(context, layout, weights, backend.drop_level(rotated, value_level))
+            if saved.mask is not None:
+                dv = context.product(dv, backend.match_level(context.ensure_level(backend.take(saved.mask, 0), dv.level), dv.level))
+    return operand_of(context, dq), operand_of(context, dk), operand_of(context, dv)
 
 
-def _operand(context: OperationContext, ct: Ciphertext | None) -> Operand | None:
+def operand_of(context: OperationContext, ct: Ciphertext | None) -> Operand | None:
     return None if ct is None else Operand(context, context.packing.features, context.backend.reshape(ct, (1,)))
-
-
-def _ensured(context: OperationContext, wanted: Sequence[tuple[Ciphertext, int]]) -> list[Ciphertext]:
-    """Ciphertexts of one batch shape with at least the levels asked for; those that fall short are refreshed in one batch."""
-    low = [i for i, (ct, depth) in enumerate(wanted) if ct.level < depth]
-    found = [ct for ct, _ in wanted]
-    if low:
-        level = min(found[i].level for i in low)
-        together = context.backend.stack([context.backend.match_level(found[i], level) for i in low])
-        fresh = context.ensure_level(together, max(wanted[i][1] for i in low))
-        for position, i in enumerate(low):
-            found[i] = context.backend.take(fresh, position)
-    return found
 
 
 def _kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
@@ -162,20 +151,27 @@ def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Cipherte
     return attention.collect(context, layout, products, scaling)
 
 
-def _weights_and_slopes(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
+def _narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
     """Kernel w, and errors * K' where there are errors; [score ciphertexts] each, at `level` or higher."""
-    backend, squarings = context.backend, saved.approximation.squarings
-    if saved.policy == "keep":
-        weights, derivative = (backend.take(saved.scores, i) for i in range(2))
-        if errors is None:
-            return context.ensure_level(weights, level), None
-        weights, derivative, errors = _ensured(context, [(weights, level), (derivative, level + 1), (errors, level + 1)])
-        return weights, context.product(backend.match_level(derivative, level + 1), backend.match_level(errors, level + 1))
+    backend = context.backend
+    if saved.policy == "recompute":
+        return weights_and_slopes(context, saved.scores, errors, saved.approximation.squarings, level)
+    weights, derivative = (backend.take(saved.scores, i) for i in range(2))
     if errors is None:
-        return attention.kernel(context, saved.scores, squarings, level), None
-    x = backend.add_scalar(saved.scores, 1.0)
+        return context.ensure_level(weights, level), None
+    weights, derivative, errors = context.ensure_levels([(weights, level), (derivative, level + 1), (errors, level + 1)])
+    return weights, context.product(backend.match_level(derivative, level + 1), backend.match_level(errors, level + 1))
+
+
+def weights_and_slopes(
+    context: OperationContext, scores: Ciphertext, errors: Ciphertext | None, squarings: int, level: int
+) -> tuple[Ciphertext, Ciphertext | None]:
+    """(1 + x)^n and errors * (1 + x)^(n - 1), n = 2^squarings, of x = `scores`, multiplied up side by side; at `level` or higher."""
+    backend = context.backend
+    if errors is None:
+        return attention.kernel(context, scores, squarings, level), None
     enough = squarings + level if squarings + level <= context.top else 1
-    x, errors = _ensured(context, [(x, enough), (errors, enough)])
+    x, errors = context.ensure_levels([(backend.add_scalar(scores, 1.0), enough), (errors, enough)])
     start = min(x.level, errors.level)
     pair = backend.stack([backend.match_level(ct, start) for ct in (x, errors)])
     for _ in range(squarings):
@@ -200,26 +196,23 @@ def _query_and_key(
             queries.append(backend.sum(product))
         if needs[1]:
             keys = product if keys is None else backend.add(keys, product)
-    dq = _aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
-    dk = None if keys is None else backend.negate(_aligned(context, keys, attention.baby_steps(layout, -1)))
+    dq = aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
+    dk = None if keys is None else backend.negate(aligned(context, keys, attention.baby_steps(layout, -1)))
     return dq, dk
 
 
-def _value(context: OperationContext, layout: ScoreLayout, mask: Ciphertext | None, weights: Ciphertext, rotated_do: Ciphertext) -> Ciphertext:
-    """mask * sum_i w_ij do_i, one level below `rotated_do`, or two under a mask."""
+def value_gradient(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_do: Ciphertext) -> Ciphertext:
+    """sum_i w_ij do_i, one level below `rotated_do` [giants], canonical; `weights` are above it."""
     backend = context.backend
     total: Ciphertext | None = None
     for g, copied in enumerate(attention.copies(context, layout, weights, rotated_do)):
         product = backend.multiply(copied, backend.reshape(backend.take(rotated_do, g), (1,)))
         total = product if total is None else backend.add(total, product)
     assert total is not None
-    dv = _aligned(context, total, attention.baby_steps(layout, -1))
-    if mask is None:
-        return dv
-    return context.product(dv, backend.match_level(context.ensure_level(backend.take(mask, 0), dv.level), dv.level))
+    return aligned(context, total, attention.baby_steps(layout, -1))
 
 
-def _aligned(context: OperationContext, products: Ciphertext, steps: Sequence[int]) -> Ciphertext:
+def aligned(context: OperationContext, products: Ciphertext, steps: Sequence[int]) -> Ciphertext:
     """sum_i rotate(products[i], steps[i]) of 3 components, relinearised, moved and rescaled once."""
     backend = context.backend
     return backend.rescale(backend.sum_rotated(backend.relinearize(products), steps))

@@ -1,0 +1,228 @@
+"""Softmax attention between ciphertexts: what Gaussian-kernel attention is compared with.
+
+The exponential is (1 + x / 2^k)^(2^k) and the row sums are inverted by Goldschmidt's iteration, as in NEXUS (Zhang et al., NDSS 2025). Instead of
+the row maximum, found there by comparisons, a public constant from calibration is subtracted, as the scores of a trained layer stay in a known
+interval: cheaper by far, and exact, since softmax does not change. With c the constant, m the 0/1 mask of the keys and g = 2 / (high - low) of the
+reciprocal's interval:
+
+    w_ij = g m_j K(scaling q_i . k_j - c)        r_i = 1 / sum_j w_ij        o_i = r_i sum_j w_ij v_j
+
+Scores lie as in `hf_he.ops.attention`; r is one ciphertext, a value per head and query, and multiplies the weighted sum. The gradient is the
+usual P (dP - rowsum(dP P)) with rowsum(dP P)_i = do_i . o_i, so that no row is summed or spread again: with do' = r do,
+
+    ds_ij = g m_j K'(s_ij) do'_i . (v_j - o_i)        dv_j = sum_i w_ij do'_i        dq_i = scaling sum_j ds_ij k_j        dk_j = scaling sum_i ds_ij q_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hf_he.approximation import KernelExponential, Reciprocal
+from hf_he.backends.base import Ciphertext
+from hf_he.ops import attention, attention_gradient, reduce
+from hf_he.ops.attention_gradient import Gradients, operand_of
+from hf_he.ops.context import OperationContext
+from hf_he.ops.goldschmidt import evaluate_reciprocal
+from hf_he.ops.operand import Operand
+from hf_he.ops.placement import AttentionLevels
+from hf_he.packing import Packing, ScoreLayout
+
+DEFAULT_LEVELS = AttentionLevels(query=2, value=3)
+"""The reciprocal multiplies at level 2, so that the result is at 1."""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """`maximum`: the constant in place of the row maximum. `reciprocal`: of the row sums of exp(score - maximum)."""
+
+    maximum: float
+    exponential: KernelExponential
+    reciprocal: Reciprocal
+
+    @property
+    def gain(self) -> float:
+        low, high = self.reciprocal.interval
+        return 2.0 / (high - low)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward needs of one forward, unbatched but for the mask [1] and the scores (s - c) / 2^k [score ciphertexts]."""
+
+    heads: int
+    scaling: float
+    form: Softmax
+    mask: Ciphertext | None
+    q: Ciphertext
+    k: Ciphertext
+    v: Ciphertext
+    scores: Ciphertext
+    inverse: Ciphertext
+    out: Ciphertext
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float, form: Softmax) -> torch.Tensor:
+    """[B, heads, T, head_dim] each, mask [B, 1, T, T] of 0/1 -> [B, T, heads, head_dim]."""
+    weights = form.exponential(scaling * (query @ key.transpose(-1, -2)) - form.maximum)
+    weights = weights if mask is None else weights * mask
+    return (weights * form.reciprocal(weights.sum(-1, keepdim=True)) @ value).transpose(1, 2)
+
+
+def forward(
+    context: OperationContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    form: Softmax,
+    levels: AttentionLevels = DEFAULT_LEVELS,
+) -> tuple[Ciphertext, Saved]:
+    """Softmax attention of one feature block [1] at level levels.value - 2, canonical, and what `backward` needs.
+
+    Two levels from levels.query to the scores, one per squaring, one for the mask, one for the row sums, the reciprocal's. What has too few left is
+    refreshed: the score ciphertexts, the one of the row sums. Rotations: those of Gaussian-kernel attention and about 3 log2(head_dim) + b.
+    """
+    backend, layout = context.backend, ScoreLayout(context.packing, heads)
+    q, k, v = attention.project(query, key, value, replace(levels, value=levels.value - 1))
+    with backend.log.measure("attention"):
+        rotated_k = backend.rotate(k, attention.baby_steps(layout))
+        rotated_v = backend.rotate(v, attention.baby_steps(layout))
+        degree = form.exponential.degree
+        scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling / degree)
+        scores = backend.add_scalar(scores, -form.maximum / degree)
+        weights = attention.kernel(context, scores, form.exponential.squarings, levels.value + 2)
+        weights = _masked(context, layout, weights, mask, form.gain, levels.value + 2)
+        out = backend.take(attention.weighted_sum(context, layout, weights, rotated_v), 0)
+        inverse = evaluate_reciprocal(context, _mapped_row_sums(context, layout, weights, form), form.reciprocal, out.level)
+        out = context.product(out, backend.match_level(inverse, out.level))
+    return backend.reshape(out, (1,)), Saved(heads, scaling, form, mask, q, k, v, scores, inverse, out)
+
+
+def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1) -> Gradients:
+    """Gradients of query, key and value, [1] each at level `output`, canonical; None where `needs` says so.
+
+    `gradient`: of the result [1], at any level. Refreshed where they fall short: gradient, reciprocal, q, k, v and o together (`output` + 1
+    levels of q and k, 2 or more of the others), then scores and errors together. Rotations: as `attention_gradient.backward`.
+    """
+    backend, layout = context.backend, ScoreLayout(context.packing, saved.heads)
+    for_scores, for_values = needs[0] or needs[1], needs[2]
+    if not for_scores and not for_values:
+        return None, None, None
+    depth = max(output + 1 if for_values else 0, attention.SCORE_DEPTH if for_scores else 0)
+    with backend.log.measure("attention"):
+        wide = [(backend.take(gradient.at_least(depth + 1), 0), depth + 1), (saved.inverse, depth + 1)]
+        if for_scores:
+            wide += [(saved.q, output + 1), (saved.k, output + 1), (saved.v, attention.SCORE_DEPTH), (saved.out, attention.SCORE_DEPTH)]
+        do, inverse, *others = context.ensure_levels(wide)
+        scaled = context.product(backend.match_level(do, depth + 1), backend.match_level(inverse, depth + 1))
+        rotated = backend.rotate(scaled, attention.giant_steps(layout, -1))
+        errors = None
+        if for_scores:
+            q, k, v, out = others
+            errors = _errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, out, saved.scaling)
+        level = output + attention_gradient.GRADIENT_DEPTH
+        weights, slopes = attention_gradient.weights_and_slopes(context, saved.scores, errors, saved.form.exponential.squarings, level + 1)
+        dq = dk = dv = None
+        if slopes is not None:
+            slopes = _masked(context, layout, slopes, saved.mask, saved.form.gain, level + 1)
+            dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
+        if for_values:
+            weights = _masked(context, layout, weights, saved.mask, saved.form.gain, level + 1)
+            dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, output + 1))
+    return operand_of(context, dq), operand_of(context, dk), operand_of(context, dv)
+
+
+def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:
+    backend = context.backend
+    rotated_q = backend.rotate(q, attention.giant_steps(layout, -1))
+    for g in range(layout.giants):
+        yield backend.multiply(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
+
+
+def _masked(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, mask: Ciphertext | None, gain: float, level: int) -> Ciphertext:
+    """gain * m_j in the place of each score (i, j), 0 in unused features, times `scores`; at `level` - 1."""
+    backend, b = context.backend, layout.babies
+    used = np.zeros((b, layout.head_dim))
+    for feature in range(min(layout.packing.tokens, layout.head_dim)):
+        used[feature % b, feature] = gain
+    scores = backend.match_level(scores, level)
+    if mask is None:
+        return context.multiply_constant(scores, ("used scores", layout, gain), lambda: used.sum(0))
+    mask = backend.match_level(context.ensure_level(backend.take(mask, 0), level + 1), level + 1)
+    rotated = backend.rotate(mask, attention.baby_steps(layout))
+    plain = context.constant(("mask of scores", layout, gain), mask.level, context.canonical_factor(mask.level, mask.scale), lambda: used[None])
+    return context.product(scores, backend.rescale(backend.multiply_plain_sum(plain, rotated)))
+
+
+def _mapped_row_sums(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, form: Softmax) -> Ciphertext:
+    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `weights`; unbatched.
+
+    Sums over the babies of each window, over windows together with the lanes they lag behind by, over the ciphertexts, then from the first
+    feature of a head to the others.
+    """
+    backend = context.backend
+    weights = context.ensure_level(weights, 1)
+    for step in (*reversed(reduce.power_steps(1, layout.babies)), *_window_steps(layout)):
+        weights = reduce.rotate_and_add(context, weights, step)
+    total = backend.sum_rotated(weights, _ciphertext_steps(layout))
+    total = context.multiply_constant(total, ("first of head", layout.head_dim), lambda: reduce.first_of(layout.head_dim))
+    low, high = form.reciprocal.interval
+    return backend.add_scalar(reduce.replicate_features(context, total, layout.head_dim), -(high + low) / (high - low))
+
+
+def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, out: Ciphertext, scaling: float) -> Ciphertext:
+    """[score ciphertexts]: scaling * do'_i . (v_j - o_i) in the place of score (i, j), two levels below `rotated_do` [giants]."""
+    backend, level = context.backend, rotated_do.level
+    rotated_v = backend.rotate(backend.match_level(v, level), attention.baby_steps(layout))
+    rotated_out = backend.rotate(backend.match_level(out, level), attention.giant_steps(layout, -1))
+
+    def products() -> Iterator[Ciphertext]:
+        for g in range(layout.giants):
+            do, o = (backend.reshape(backend.take(ct, g), (1,)) for ct in (rotated_do, rotated_out))
+            yield backend.multiply(backend.subtract(rotated_v, o), do)
+
+    return attention.collect(context, layout, products(), scaling)
+
+
+def _query_and_key(
+    context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
+) -> tuple[Ciphertext | None, Ciphertext | None]:
+    """sum_j slope_ij k_j and sum_i slope_ij q_i at `output`."""
+    backend = context.backend
+    rotated_k = backend.rotate(backend.match_level(k, output + 1), attention.baby_steps(layout))
+    rotated_q = backend.rotate(backend.match_level(q, output + 1), attention.giant_steps(layout, -1))
+    queries: list[Ciphertext] = []
+    keys: Ciphertext | None = None
+    for g, copied in enumerate(attention.copies(context, layout, slopes, rotated_k)):
+        if needs[0]:
+            queries.append(backend.sum(backend.multiply(copied, rotated_k)))
+        if needs[1]:
+            product = backend.multiply(copied, backend.reshape(backend.take(rotated_q, g), (1,)))
+            keys = product if keys is None else backend.add(keys, product)
+    dq = attention_gradient.aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
+    dk = None if keys is None else attention_gradient.aligned(context, keys, attention.baby_steps(layout, -1))
+    return dq, dk
+
+
+def _window_steps(layout: ScoreLayout) -> list[int]:
+    """Steps whose rotate-and-add sums the windows of a ciphertext, each from the lanes it is late by."""
+    stride = layout.babies * (layout.packing.token_stride + 1)
+    return [stride * count for count in reduce.power_steps(1, min(layout.windows, layout.giants))]
+
+
+def _ciphertext_steps(layout: ScoreLayout) -> list[int]:
+    return [s * layout.head_dim * layout.packing.token_stride for s in range(layout.ciphertexts)]
+
+
+def rotations(packing: Packing, heads: int) -> set[int]:
+    """Rotation steps of `forward` and `backward`, projections not included."""
+    layout = ScoreLayout(packing, heads)
+    steps = {*reduce.power_steps(1, layout.babies), *(-width for width in reduce.power_steps(1, layout.head_dim))}
+    steps |= {*_window_steps(layout), *_ciphertext_steps(layout)}
+    return ({step % packing.slots for step in steps} | attention_gradient.rotations(packing, heads)) - {0}
