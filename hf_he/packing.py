@@ -144,15 +144,18 @@ def unpack_state(slots: np.ndarray, packing: Packing, features: int, sequences: 
     return np.moveaxis(merged, 0, 1)[: packing.sequences if sequences is None else sequences, :, :features]
 
 
-def pack_attention_mask(mask: np.ndarray, packing: Packing) -> np.ndarray:
+def pack_attention_mask(mask: np.ndarray, packing: Packing, power: int | None = None) -> np.ndarray:
     """Key mask [B', T] of 0/1 -> [1, slots], every feature of a token holding its 0 or 1.
 
-    Encrypting it keeps the lengths private. It multiplies the values, which is exact: a masked key contributes nothing, and no level of
-    the scores is spent on it.
+    Encrypting it keeps the lengths private. It multiplies the values (of the Gaussian kernel) or scores (of the power softmax), which is exact: a
+    masked key contributes nothing. With `power`, ones become n^(-1 / power) for a sequence of n: what a bidirectional power softmax that
+    divides its rows by their number of valid keys takes.
     """
     mask = np.asarray(mask, dtype=np.float64)
     if mask.ndim != 2:
         raise ShapeError(f"the attention mask must be [sequences, tokens], got shape {mask.shape}")
+    if power is not None:
+        mask = mask * np.maximum(mask.sum(-1, keepdims=True), 1.0) ** (-1.0 / power)
     return np.repeat(_lanes(mask, packing)[..., None], packing.features, axis=-1).reshape(1, packing.slots)
 
 

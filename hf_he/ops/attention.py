@@ -10,6 +10,7 @@ The encrypted mask multiplies v before its rotations, beside the scores, where a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,8 +70,9 @@ def encrypted(
 ) -> Ciphertext:
     """Un-normalised kernel attention of one feature block [1]; the result is at level `levels.value` - 1, canonical.
 
-    `mask`: [1] from `pack_attention_mask`. `causal`: keys up to the query only, one level of the scores. The scores are refreshed when `levels` leave them too few levels for the kernel. Rotations:
-    T log2(head_dim / b) at each of levels.query - 1 and levels.value, about 2 T / b + 6 b others.
+    `mask`: [1] from `pack_attention_mask`. `causal`: keys up to the query only, one level of the scores. The scores are refreshed when `levels`
+    leave them too few levels for the kernel. Rotations: T log2(head_dim / b) at each of levels.query - 1 and levels.value, about
+    2 T / b + 6 b others.
     """
     prepared = prepare(context, query, key, value, mask, heads, scaling, approximation, levels, causal)
     with context.backend.log.measure("attention"):
@@ -106,6 +108,13 @@ def prepare(
         if causal:
             scores = _causal(context, layout, scores, approximation.squarings + levels.value + 2)
     return Prepared(layout, q, k, v, rotated_v, scores)
+
+
+def default_levels(context: OperationContext, squarings: int, causal: bool) -> AttentionLevels:
+    """The lowest that work; a causal mask gets a level of the scores where it would cost the refreshed ones another refresh."""
+    if causal and squarings + DEFAULT_LEVELS.value + 2 > context.top:
+        return replace(DEFAULT_LEVELS, query=DEFAULT_LEVELS.query + 1)
+    return DEFAULT_LEVELS
 
 
 def project(query: Operand, key: Operand, value: Operand, levels: AttentionLevels = DEFAULT_LEVELS) -> tuple[Ciphertext, Ciphertext, Ciphertext]:

@@ -1,11 +1,15 @@
 """LayerNorm and RMSNorm: sums over the features by rotate-and-add, 1 / sqrt by polynomial and Newton steps on one statistic ciphertext.
 
-RMSNorm (Zhang and Sennrich, 2019) is the same without the mean, one level less: x stands for x - mean. The variance is masked, mapped to [-1, 1] by the same mask, and copied over its lane before it is refreshed: the refreshed ciphertext is
-one, whatever the width. weight * (x - mean) is computed beside it, so that the affine part adds no level.
+RMSNorm (Zhang and Sennrich, 2019) is the same without the mean, one level less. The variance is masked, mapped to [-1, 1] by the same mask, and
+copied over its lane before it is refreshed: the refreshed ciphertext is one, whatever the width. weight * (x - mean) is computed beside it, so
+that the affine part adds no level.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from hf_he.approximation import InverseSquareRoot
@@ -46,9 +50,18 @@ def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
     return level if level >= 1 else top
 
 
+@dataclass
+class Statistics:
+    """What the backward of a norm needs of its forward, [1] each: x - mean, the variance mapped to [-1, 1], and 1 / sqrt."""
+
+    centred: Ciphertext
+    mapped: Ciphertext
+    inverse: Ciphertext
+
+
 class WaitingNorm(Operand):
-    """LayerNorm, or RMSNorm without `centre`, of `source` at planned `levels`; without them it is computed when its consumer has said how many levels it needs: exactly
-    those if the result can have them, otherwise none, since it will be refreshed."""
+    """LayerNorm, or RMSNorm without `centre`, of `source` at planned `levels`; without them it is computed when its consumer has said how many
+    levels it needs: exactly those if the result can have them, otherwise none, since it will be refreshed."""
 
     def __init__(
         self,
@@ -59,6 +72,7 @@ class WaitingNorm(Operand):
         approximation: InverseSquareRoot,
         levels: NormLevels | None = None,
         centre: bool = True,
+        keep: bool = False,
     ) -> None:
         super().__init__(source.context, source.features)
         self._levels = levels
@@ -69,6 +83,13 @@ class WaitingNorm(Operand):
             )
         self._source: Operand | None = source
         self._layer = (weight, bias, eps, approximation)
+        self._keep = keep
+        self._statistics: list[Statistics] = []
+
+    def statistics(self) -> Statistics:
+        """What was kept for the backward."""
+        self.at_least(self.level)
+        return self._statistics[0]
 
     @property
     def ciphertext(self) -> Ciphertext:
@@ -87,8 +108,11 @@ class WaitingNorm(Operand):
     def at_least(self, level: int) -> Ciphertext:
         if self._source is not None:
             levels = self._levels or NormLevels(0, min(level, self.level))
-            self._ciphertext = encrypted(self.context, self._source, *self._layer, levels, self._centre)
+            statistics = statistics_of(self.context, self._source, *self._layer[2:], levels, self._centre, high=self._keep)
+            self._ciphertext = normalised(self.context, statistics, *self._layer[:2], levels.output)
             self._source = None
+            if self._keep:
+                self._statistics.append(statistics)
         return super().ciphertext
 
     def ensure(self, depth: int) -> Ciphertext:
@@ -108,35 +132,49 @@ def encrypted(
 ) -> Ciphertext:
     """weight * (x - mean) / sqrt(variance + eps) + bias at levels.output (at most what WaitingNorm.level says without a plan).
 
-    Without `centre` the mean counts as 0. The statistic is refreshed when levels.statistic is too low for 1 / sqrt, more than once when guess and Newton steps exceed the
-    parameters' levels; 4 log2(c) rotations, half as many without `centre`.
+    Without `centre` the mean counts as 0. The statistic is refreshed when levels.statistic is too low for 1 / sqrt, more than once when guess
+    and Newton steps exceed the parameters' levels; 4 log2(c) rotations, half as many without `centre`.
     """
+    statistics = statistics_of(context, operand, eps, approximation, levels, centre)
+    return normalised(context, statistics, weight, bias, levels.output)
+
+
+def statistics_of(
+    context: OperationContext, operand: Operand, eps: float, approximation: InverseSquareRoot, levels: NormLevels, centre: bool, high: bool = False
+) -> Statistics:
+    """x - mean, and 1 / sqrt at levels.output + 1 or higher; `high`: x - mean as high as x allows, for the backward."""
     backend, c = context.backend, context.packing.features
-    low, high = approximation.interval
-    gain, shift = 2.0 / (high - low), (2.0 * eps - low - high) / (high - low)
+    low, upper = approximation.interval
+    gain, shift = 2.0 / (upper - low), (2.0 * eps - low - upper) / (upper - low)
     depth = statistic_depth(centre)
     level, first = levels.output, max(levels.output, levels.statistic) + depth
     if operand.level < first:
         operand.ensure(first)
-    hidden = operand.at_least(first)
+    hidden = operand.at_least(operand.level if high else first)
     with backend.log.measure("norm"):
-        centred = _centred(context, hidden, first) if centre else hidden
+        centred = _centred(context, hidden, hidden.level if high else first) if centre else hidden
         squares = context.square(backend.drop_level(centred, levels.statistic + RMS_STATISTIC_DEPTH))
         total = reduce.sum_features(context, squares, c)
         mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
-        inverse = inverse_root(context, mapped, approximation, level + 1)
+        mapped = _ready(context, mapped, approximation, level + 1)
+        return Statistics(centred, mapped, inverse_root(context, mapped, approximation, level + 1))
 
-        inverse = backend.drop_level(inverse, level + 1)
-        centred = backend.drop_level(centred, level + 2)
+
+def normalised(context: OperationContext, statistics: Statistics, weight: torch.Tensor, bias: torch.Tensor | None, level: int) -> Ciphertext:
+    """weight * (x - mean) / sqrt(variance + eps) + bias at `level`."""
+    backend, c = context.backend, context.packing.features
+    with backend.log.measure("norm"):
+        inverse = backend.drop_level(statistics.inverse, level + 1)
+        centred = backend.drop_level(statistics.centred, level + 2)
         target = context.canonical_factor(level + 1, inverse.scale)
         factor = target * backend.parameters.moduli[level + 2] / centred.scale
-        plain = context.encoded((weight,), "weight", level + 2, factor, lambda: _blocks(weight, c))
+        plain = context.encoded((weight,), "weight", level + 2, factor, lambda: blocks(weight, c))
         weighted = backend.rescale(backend.multiply_plain(centred, plain))
         out = context.product(weighted, inverse)
         if bias is None:
             return out
-        return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: _blocks(bias, c)))
+        return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: blocks(bias, c)))
 
 
 def statistic_depth(centre: bool) -> int:
@@ -153,14 +191,18 @@ def _centred(context: OperationContext, hidden: Ciphertext, level: int) -> Ciphe
     return backend.subtract(backend.match_level(hidden, mean.level), mean)
 
 
+def _ready(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
+    """`mapped` with the levels that `inverse_root` at `level` begins with."""
+    wanted = inverse_root_depth(approximation) + level
+    return context.ensure_level(mapped, wanted if wanted <= context.top else polynomial.depth(approximation.guess.coefficients))
+
+
 def inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
     """1 / sqrt of the variance whose image in [-1, 1] is `mapped`; at `level` or higher."""
     backend = context.backend
     low, high = approximation.interval
-    guess_depth = polynomial.depth(approximation.guess.coefficients)
-    wanted = inverse_root_depth(approximation) + level
-    mapped = context.ensure_level(mapped, wanted if wanted <= context.top else guess_depth)
-    mapped = backend.drop_level(mapped, min(mapped.level, wanted))
+    mapped = _ready(context, mapped, approximation, level)
+    mapped = backend.drop_level(mapped, min(mapped.level, inverse_root_depth(approximation) + level))
     y = polynomial.evaluate(backend, mapped, approximation.guess.coefficients)
     if approximation.newton_steps:
         half = backend.rescale(backend.multiply_scalar(mapped, 0.25 * (high - low), context.canonical_factor(mapped.level, mapped.scale)))
@@ -183,5 +225,6 @@ def _newton_step(context: OperationContext, y: Ciphertext, half: Ciphertext) -> 
     return backend.rescale(backend.relinearize(backend.subtract(linear, product)))
 
 
-def _blocks(vector: torch.Tensor, c: int):
+def blocks(vector: torch.Tensor, c: int) -> np.ndarray:
+    """[blocks, c] values of a plaintext vector."""
     return vector.detach().to(torch.float64).cpu().numpy().reshape(-1, c)

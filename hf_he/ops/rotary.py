@@ -66,9 +66,10 @@ class WaitingRotary(Operand):
     def __init__(self, source: Operand, rotation: Rotation) -> None:
         super().__init__(source.context, source.features)
         packing = source.context.packing
-        if rotation.cos.shape[0] not in (1, packing.sequences) or rotation.cos.shape[1] != packing.tokens:
+        if rotation.cos.shape[0] not in (1, packing.sequences) or rotation.cos.shape[1] != source.context.tokens:
             raise ShapeError(
-                f"positions of {rotation.cos.shape[0]} sequences of {rotation.cos.shape[1]} tokens do not fit a packing of {packing.sequences} of {packing.tokens}"
+                f"rotary positions of {rotation.cos.shape[0]} x {rotation.cos.shape[1]} tokens do not fit a packing of "
+                f"{packing.sequences} sequences of {source.context.tokens}: pass position_ids [1, {source.context.tokens}] or one row per sequence"
             )
         self.source = source
         self.rotation = rotation

@@ -1,0 +1,245 @@
+"""Power-softmax attention (Zimerman et al., "Power-Softmax", arXiv 2410.09457) between ciphertexts, in the score layout of `hf_he.ops.attention`.
+
+With x_ij = (scaling q_i . k_j + shift) m_ij for a 0/1 mask m, n_i valid keys and an even power p,
+
+    o_i = r(D_i) / n_i sum_j x_ij^p v_j        D_i = mean_eps_i + sum_j x_ij^p / n_i        r(D) = 1 / D by a guess and Goldschmidt
+
+or, with a constant divisor instead of D_i, no reciprocal at all (Powerformer). The mask, the row counts n_i and the reciprocal's interval are one
+factor: scores are multiplied by m_ij (g / n_i)^(1 / p), g = 2 / (high - low), so that the powers sum to the reciprocal's input in [-1, 1] up to a
+constant and nothing grows beyond 2. Causal masks and their counts are public; an encrypted padding mask is rotated into that factor, beside
+the scores. The reciprocal is taken of one ciphertext, a value per head and query, and multiplies the weighted sum of the values, which is aligned
+with the queries; the powers themselves are not.
+
+A patent family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing self-attention with a power softmax under homomorphic encryption;
+check it before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hf_he.approximation import Polynomial, Reciprocal
+from hf_he.backends.base import Ciphertext
+from hf_he.errors import ShapeError
+from hf_he.ops import attention, reduce
+from hf_he.ops.context import OperationContext
+from hf_he.ops.goldschmidt import evaluate_reciprocal
+from hf_he.ops.operand import Operand
+from hf_he.ops.placement import AttentionLevels
+from hf_he.ops.score_masks import causal_pairs, placed, placed_by_baby
+from hf_he.packing import Packing, ScoreLayout
+
+
+@dataclass(frozen=True)
+class PowerSoftmax:
+    """x^power / (eps + sum x^power) with x = score + shift. `length_agnostic`: eps is added to the mean over the valid keys of each row.
+    `divisor`: a constant instead of eps + sum (times the number of valid keys, if length-agnostic)."""
+
+    power: int
+    eps: float
+    shift: float = 0.0
+    divisor: float | None = None
+    length_agnostic: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether rows are divided by their number of valid keys."""
+        return self.divisor is None or self.length_agnostic
+
+    @property
+    def depth(self) -> int:
+        """Levels of the power."""
+        return (self.power - 1).bit_length()
+
+    def gain(self, approximation: Reciprocal | Polynomial) -> float:
+        """What multiplies the powers: 1 / divisor, or the slope that maps the reciprocal's interval to [-1, 1]."""
+        if self.divisor is not None:
+            return 1.0 / self.divisor
+        low, high = approximation.interval
+        return 2.0 / (high - low)
+
+    def default_levels(self, masked: bool) -> AttentionLevels:
+        """The lowest that work: a level of the scores for the mask, one of the values for the reciprocal."""
+        return AttentionLevels(query=attention.SCORE_DEPTH + masked, value=1 if self.divisor is not None else 2)
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    scaling: float,
+    form: PowerSoftmax,
+    approximation: Reciprocal | Polynomial,
+) -> torch.Tensor:
+    """[B, heads, T, head_dim] each, keep [B, 1, T, T] of 0/1 -> [B, T, heads, head_dim]."""
+    powers = ((query @ key.transpose(-1, -2) * scaling + form.shift) * keep) ** form.power
+    count = keep.sum(-1, keepdim=True).clamp(min=1.0)
+    if form.divisor is not None:
+        weights = powers / (form.divisor * count if form.length_agnostic else form.divisor)
+    else:
+        mean_eps = form.eps if form.length_agnostic else form.eps / count
+        weights = powers / count * approximation(mean_eps + powers.sum(-1, keepdim=True) / count)
+    return (weights @ value).transpose(1, 2)
+
+
+def encrypted(
+    context: OperationContext,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    form: PowerSoftmax,
+    approximation: Reciprocal | Polynomial,
+    causal: bool = False,
+    levels: AttentionLevels | None = None,
+) -> Ciphertext:
+    """Power-softmax attention of one feature block [1]; the result is at levels.value - 1, with a reciprocal at levels.value - 2, canonical.
+
+    `mask`: [1] from `pack_attention_mask`; padding goes on the right in a causal model, whose row i counts i + 1 keys, and otherwise the mask
+    carries the counts where the form has any (`pack_attention_mask(mask, packing, power)`). The scores take two levels from levels.query and one
+    more under a mask, the powers ceil(log2(power)), the reciprocal's input one. What has too few left is refreshed: the score
+    ciphertexts, the one of the row sums. Rotations: those of Gaussian-kernel attention and about 2 log2(head_dim) + log2(T).
+
+    Raises ShapeError for other widths than the packing's, and for eps on the sum of rows whose number of valid keys is encrypted.
+    """
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if operand.features != context.packing.features:
+            raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
+    if mask is not None and not causal and form.divisor is None and not form.length_agnostic:
+        raise ShapeError("eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True, or pass no mask")
+    backend, layout = context.backend, ScoreLayout(context.packing, heads)
+    levels = levels or form.default_levels(causal or mask is not None)
+    q, k, v = attention.project(query, key, value, replace(levels, value=levels.value - 1))
+    with backend.log.measure("attention"):
+        rotated_k = backend.rotate(k, attention.baby_steps(layout))
+        rotated_v = backend.rotate(v, attention.baby_steps(layout))
+        factors = _Factors(context, layout, form, approximation, mask, causal)
+        scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling * factors.uniform)
+        wanted = form.depth + levels.value + 1
+        x = _ensured(context, factors.apply(scores, wanted), wanted, form.depth)
+        powers = power(context, x, form.power)
+        weights = context.ensure_level(powers, levels.value + 1)
+        out = attention.weighted_sum(context, layout, weights, rotated_v)
+        if form.divisor is not None:
+            return out
+        mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, approximation, factors.counts)
+        inverse = evaluate_reciprocal(context, mapped, approximation, out.level)
+        return context.product(out, backend.match_level(inverse, out.level))
+
+
+def power(context: OperationContext, x: Ciphertext, exponent: int) -> Ciphertext:
+    """x^exponent, canonical: ceil(log2(exponent)) levels."""
+    result = None
+    while True:
+        if exponent & 1:
+            result = x if result is None else context.product(context.backend.match_level(result, x.level), x)
+        exponent >>= 1
+        if not exponent:
+            return result
+        x = context.square(x)
+
+
+class _Factors:
+    """m_ij (g / n_i)^(1 / p): `uniform` is the part that the scores get with their scaling, the rest one multiplication, if any."""
+
+    def __init__(
+        self,
+        context: OperationContext,
+        layout: ScoreLayout,
+        form: PowerSoftmax,
+        approximation: Reciprocal | Polynomial,
+        mask: Ciphertext | None,
+        causal: bool,
+    ) -> None:
+        tokens = layout.packing.tokens
+        self._context, self._layout, self._form, self._mask, self._causal = context, layout, form, mask, causal
+        self.counts = np.ones(tokens)
+        if form.counts and causal:
+            self.counts = np.arange(1.0, tokens + 1.0)
+        elif form.counts and mask is None:
+            self.counts *= tokens
+        self._shares = (self.counts[0] / self.counts) ** (1.0 / form.power)
+        self.uniform = (form.gain(approximation) / self.counts[0]) ** (1.0 / form.power)
+
+    def apply(self, scores: Ciphertext, wanted: int) -> Ciphertext:
+        """(scores + shift) under the mask; one level, unless there is no mask. Refreshed before that when no level is left."""
+        context, backend = self._context, self._context.backend
+        if self._form.shift:
+            scores = backend.add_scalar(scores, self._form.shift * self.uniform)
+        if self._mask is None and not self._causal:
+            return scores
+        if scores.level < 1:
+            scores = context.ensure_level(scores, min(wanted + 1, context.top))
+        layout, tokens = self._layout, self._layout.packing.tokens
+        pairs = causal_pairs(tokens) if self._causal else np.ones((tokens, tokens))
+        pairs = pairs * self._shares[:, None]
+        tag = ("row factors", layout, self._causal, self._form.counts, self._form.power)
+        if self._mask is None:
+            return context.multiply_constant(scores, tag, lambda: placed(layout, pairs))
+        mask = backend.drop_level(context.ensure_level(backend.take(self._mask, 0), scores.level + 1), scores.level + 1)
+        rotated = backend.rotate(mask, attention.baby_steps(layout))
+        plain = context.constant(
+            (*tag, "by baby"), mask.level, context.canonical_factor(mask.level, mask.scale), lambda: np.moveaxis(placed_by_baby(layout, pairs), 0, 1)
+        )
+        return context.product(scores, backend.rescale(backend.multiply_plain_sum(plain, rotated)))
+
+
+def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:
+    backend = context.backend
+    rotated_q = backend.rotate(q, attention.giant_steps(layout, -1))
+    for g in range(layout.giants):
+        yield backend.multiply(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
+
+
+def _ensured(context: OperationContext, ct: Ciphertext, wanted: int, least: int) -> Ciphertext:
+    return context.ensure_level(ct, wanted if wanted <= context.top else least)
+
+
+def _mapped_row_sums(
+    context: OperationContext, layout: ScoreLayout, powers: Ciphertext, form: PowerSoftmax, approximation: Reciprocal, counts: np.ndarray
+) -> Ciphertext:
+    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `powers`; unbatched.
+
+    Sums over the babies of each window, over windows together with the lanes they lag behind by, over the ciphertexts, then from the first
+    feature of a head to the others.
+    """
+    backend, packing = context.backend, context.packing
+    for step in (*reversed(reduce.power_steps(1, layout.babies)), *_window_lane_steps(layout)):
+        powers = reduce.rotate_and_add(context, powers, step)
+    total = backend.sum_rotated(powers, _ciphertext_steps(layout))
+    total = context.multiply_constant(total, ("first of head", layout.head_dim), lambda: reduce.first_of(layout.head_dim))
+    total = reduce.replicate_features(context, total, layout.head_dim)
+    low, high = approximation.interval
+    middle = (high + low) / (high - low)
+    if form.length_agnostic or np.ptp(counts) == 0.0:
+        eps = form.eps if form.length_agnostic else form.eps / counts[0]
+        return backend.add_scalar(total, form.gain(approximation) * eps - middle)
+    shifts = np.repeat(form.gain(approximation) * form.eps / counts - middle, packing.token_stride)
+    return backend.add_plain(total, context.constant(("row eps", form, approximation.interval), total.level, total.scale, lambda: shifts))
+
+
+def _window_lane_steps(layout: ScoreLayout) -> list[int]:
+    """Steps whose rotate-and-add sums the windows of a ciphertext, each from the lanes it is late by."""
+    stride = layout.babies * (layout.packing.token_stride + 1)
+    return [stride * count for count in reduce.power_steps(1, min(layout.windows, layout.giants))]
+
+
+def _ciphertext_steps(layout: ScoreLayout) -> list[int]:
+    return [s * layout.head_dim * layout.packing.token_stride for s in range(layout.ciphertexts)]
+
+
+def rotations(packing: Packing, heads: int, divisor: bool = False) -> set[int]:
+    """Rotation steps of `encrypted`, projections not included; `divisor`: constant, no row sums."""
+    layout = ScoreLayout(packing, heads)
+    steps = attention.rotations(packing, heads)
+    if not divisor:
+        widths = reduce.power_steps(1, layout.head_dim)
+        steps |= {*reduce.power_steps(1, layout.babies), *(-width for width in widths), *_window_lane_steps(layout), *_ciphertext_steps(layout)}
+    return {step % packing.slots for step in steps} - {0}
