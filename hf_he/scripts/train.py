@@ -1,4 +1,4 @@
-"""`hf-he train`: run a recipe from pinned checkpoints to a polynomial-mode HEBert.
+"""`hf-he train`: run a recipe to a polynomial-mode model, a classifier from pinned checkpoints or language models from scratch.
 
 Also `python -m hf_he.scripts.train --config recipes/he_bert_tiny/config.yaml`, and the same under `accelerate launch -m`.
 """
@@ -21,17 +21,28 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cut every stage after so many steps (a trial run).")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
 ) -> None:
-    """Train an HEBert by a recipe: teacher, soft labels, softmax student, kernel student, polynomial swap, export."""
+    """Train by a recipe. Its kind decides: an HEBert (teacher, soft labels, softmax student, kernel student, polynomial swap, export), or language
+    models (pre-training per attention kernel and seed, polynomial swap, export)."""
     from accelerate import PartialState
     from rich.table import Table
     from transformers.utils import logging
 
+    from hf_he.errors import DataError
     from hf_he.scripts.display import console, messages, print_json
     from hf_he.training.export import export, plot_training
     from hf_he.training.pipeline import Pipeline
-    from hf_he.training.recipe import load_recipe
+    from hf_he.training.recipe import load_recipe, recipe_kind
 
     logging.set_verbosity_error()
+    kind = recipe_kind(config)
+    if kind == "language-model":
+        from hf_he.scripts.train_language import train_language
+
+        if task is not None:
+            raise DataError("--task belongs to recipes of kind classifier: leave it out.")
+        return train_language(config, output_dir, publish, data_dir, seed, max_steps, json_output)
+    if kind != "classifier":
+        raise DataError(f"{config}: kind must be classifier or language-model, not {kind!r}.")
     state = PartialState()
     recipe = load_recipe(config, output_dir=output_dir, task=task, data_dir=data_dir, seed=seed)
     pipeline = Pipeline(recipe, max_steps=max_steps, announce=messages.print if state.is_main_process else None)

@@ -6,18 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from hf_he.data import TextDataset
 from hf_he.evaluation import encode_texts, predictions_from_logits, score
 from hf_he.nn import collect_ranges
-from hf_he.training.range_penalty import RangePenalty
+from hf_he.training.ranged_trainer import RangedTrainer
 
 NO_LABEL = -100
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -129,26 +127,16 @@ def predict_logits(model: nn.Module, tokenizer, texts: TextDataset, *, max_lengt
     return logits
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RangedTrainer):
     """transformers' Trainer with the loss of `LossWeights`.
 
     `penalty` needs an hf_he model. `hidden_teacher` is a frozen classifier with the student's depth and width, run on the fly.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        weights: LossWeights,
-        penalty: RangePenalty | None = None,
-        hidden_teacher: nn.Module | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, weights: LossWeights, hidden_teacher: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.weights = weights
-        self.penalty = penalty
         self.hidden_teacher = hidden_teacher.to(self.args.device).eval() if hidden_teacher is not None else None
-        self.terms: dict[str, list[float]] = {}
-        self.skipped_steps = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, teacher_logits = inputs["labels"], inputs.get("teacher_logits")
@@ -169,28 +157,8 @@ class DistillationTrainer(Trainer):
             terms["penalty"] = self.penalty(statistics)
         loss = sum(getattr(weights, name) * term for name, term in terms.items())
         if model.training:
-            for name, term in terms.items():
-                self.terms.setdefault(name, []).append(float(term.detach()))
+            self.record_terms(terms)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """One step without an update when the gradient is not finite: a value far outside its interval overflows a polynomial."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            model.zero_grad()
-            self.skipped_steps += 1
-            for values in self.terms.values():
-                values.pop()
-            return torch.zeros_like(loss)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each term since the last log."""
-        if "loss" in logs:
-            logs |= {f"{name}_loss": float(np.mean(values)) for name, values in self.terms.items() if values}
-            self.terms.clear()
-        super().log(logs, start_time)
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

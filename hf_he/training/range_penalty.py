@@ -26,11 +26,14 @@ Batch = Mapping[str, torch.Tensor]
 class RangeTargets:
     """Where training should keep each quantity.
 
-    `exponent`: lowest kernel exponent -||q - k||^2 / (2 sqrt(head_dim)) of any pair of tokens. `variance_ratio`: largest over smallest
-    LayerNorm variance of a layer. `activations`: largest magnitude of the input, by function.
+    `exponent`: lowest kernel exponent -||q - k||^2 / (2 sqrt(head_dim)) of any pair of tokens. `power_mean`: lowest and highest eps + mean x^p
+    of a power-softmax row, `score`: largest magnitude of its scores where the divisor is constant. `variance_ratio`: largest over smallest
+    variance of a norm. `activations`: largest magnitude of the input, by function.
     """
 
     exponent: float = -16.0
+    power_mean: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    score: float = 4.0
     variance_ratio: float = 12.0
     activations: dict[str, float] = field(default_factory=lambda: {"gelu": 4.5, "tanh": 2.5})
 
@@ -38,6 +41,10 @@ class RangeTargets:
         """Target interval of one layer; `centre` is the median variance, the only place where the data matter."""
         if statistic == "exponent":
             return self.exponent, 0.0
+        if statistic == "power_mean":
+            return self.power_mean[0], self.power_mean[1]
+        if statistic == "score":
+            return -self.score, self.score
         if statistic == "variance":
             half = math.sqrt(self.variance_ratio)
             return centre / half, centre * half
@@ -48,9 +55,12 @@ class RangeTargets:
 
 @dataclass
 class Degrees:
-    """Cost of each approximation: squarings of the kernel, degree and Newton steps of 1 / sqrt, degrees of the activations."""
+    """Cost of each approximation: squarings of the Gaussian kernel, degree and Goldschmidt steps of the power softmax's reciprocal, degree and
+    Newton steps of 1 / sqrt, degrees of the activations."""
 
     squarings: int = 5
+    reciprocal_degree: int = 7
+    goldschmidt_steps: int = 1
     norm_degree: int = 7
     norm_newton_steps: int = 0
     activations: dict[str, int] = field(default_factory=lambda: {"gelu": 7, "tanh": 7})
@@ -59,31 +69,45 @@ class Degrees:
 class RangePenalty:
     """Sum over layers of the mean over sentences of max(0, distance of the worst value from its target interval)^2.
 
-    Variances are compared by their logarithms, so that both ends of the interval weigh the same.
+    Variances and power means are compared by their logarithms, so that both ends of the interval weigh the same. The intervals of `centred`
+    layers are factors of the median of each batch: in a training from scratch the scale of a variance settles late, its spread matters at once.
     """
 
-    def __init__(self, intervals: Mapping[str, tuple[float, float]], logarithmic: Iterable[str] = ()):
+    def __init__(self, intervals: Mapping[str, tuple[float, float]], logarithmic: Iterable[str] = (), centred: Iterable[str] = ()):
         self.intervals = dict(intervals)
         self.logarithmic = frozenset(logarithmic)
+        self.centred = frozenset(centred)
 
     def __call__(self, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Penalty (scalar, differentiable) of what `hf_he.nn.collect_ranges` gathered in one forward pass."""
         terms = []
         for name, (low, high) in self.intervals.items():
             values = statistics[name].flatten(1)
+            if name in self.centred:
+                values = values / values.detach().median()
             if name in self.logarithmic:
                 values, low, high = values.log(), math.log(low), math.log(high)
             terms += [F.relu(low - values.amin(1)).square().mean(), F.relu(values.amax(1) - high).square().mean()]
         return torch.stack(terms).sum()
 
     @classmethod
-    def for_model(cls, model: nn.Module, batch: Batch, targets: RangeTargets) -> RangePenalty:
-        """A penalty for every approximated layer of `model`; `batch` (some hundred sentences) centres the variance intervals."""
+    def for_model(cls, model: nn.Module, batch: Batch, targets: RangeTargets, from_scratch: bool = False) -> RangePenalty:
+        """A penalty for every approximated layer of `model`; `batch` (some hundred sentences) centres the variance intervals, which stay
+        centred on whatever batch comes if the model is trained `from_scratch`."""
         functions = _activation_functions(model)
         with _evaluating(model), RangeTracker(model) as tracker, collect_ranges(model) as statistics:
             model(**batch)
-        intervals = {name: targets.interval(entry.statistic, functions.get(name), float(statistics[name].median())) for name, entry in tracker.ranges.items()}
-        return cls(intervals, [name for name, entry in tracker.ranges.items() if entry.statistic == "variance"])
+        variances = [name for name, entry in tracker.ranges.items() if entry.statistic == "variance"]
+        centres = dict.fromkeys(tracker.ranges, 1.0) if from_scratch else {name: float(values.median()) for name, values in statistics.items()}
+        intervals = {name: targets.interval(entry.statistic, functions.get(name), centres[name]) for name, entry in tracker.ranges.items()}
+        power_means = [name for name, entry in tracker.ranges.items() if entry.statistic == "power_mean"]
+        return cls(intervals, variances + power_means, variances if from_scratch else ())
+
+    @classmethod
+    def from_ranges(cls, ranges: Mapping[str, LayerRange]) -> RangePenalty:
+        """A penalty that keeps every layer inside what it was seen to do, so that the margin of its calibrated interval stays free."""
+        logarithmic = [name for name, entry in ranges.items() if entry.statistic in ("variance", "power_mean")]
+        return cls({name: (entry.minimum, entry.maximum) for name, entry in ranges.items()}, logarithmic)
 
 
 def track_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, LayerRange]:
@@ -97,9 +121,11 @@ def track_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, LayerR
 def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degrees, margin: float = 0.25) -> dict[str, dict[str, Any]]:
     """`config.approximations` for `model`: intervals wide enough for the observed `ranges` plus `margin`, with the given degrees.
 
-    Variances get the margin as a factor on both sides, activations a symmetric interval (which halves the work of an even or odd
-    polynomial), exponents a lower end and, should it need them, more squarings. Ends are rounded outwards to two significant digits.
+    Variances and power means get the margin as a factor on both sides (below a power mean's eps there is nothing), activations and scores a
+    symmetric interval (which halves the work of an even or odd polynomial), exponents a lower end and, should it need them, more squarings.
+    Ends are rounded outwards to two significant digits.
     """
+    modules = {getattr(module, "layer_name", "") or name: module for name, module in model.named_modules()}
     functions = _activation_functions(model)
     approximations: dict[str, dict[str, Any]] = {}
     for name, seen in ranges.items():
@@ -109,6 +135,14 @@ def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degre
         elif seen.statistic == "variance":
             interval = [_round_down(seen.minimum / (1.0 + margin)), _round_up(seen.maximum * (1.0 + margin))]
             entry = {"interval": interval, "degree": degrees.norm_degree, "newton_steps": degrees.norm_newton_steps}
+        elif seen.statistic == "power_mean":
+            config = modules[name].config
+            floor = config.power_softmax_eps if config.power_softmax_length_agnostic else 0.0
+            interval = [max(floor, _round_down(seen.minimum / (1.0 + margin))), _round_up(seen.maximum * (1.0 + margin))]
+            entry = {"interval": interval, "degree": degrees.reciprocal_degree, "goldschmidt_steps": degrees.goldschmidt_steps}
+        elif seen.statistic == "score":
+            half = _round_up(max(-seen.minimum, seen.maximum) * (1.0 + margin))
+            entry = {"interval": [-half, half]}
         elif seen.statistic == "input" and functions[name] in degrees.activations:
             half = _round_up(max(-seen.minimum, seen.maximum) * (1.0 + margin))
             entry = {"interval": [-half, half], "degree": degrees.activations[functions[name]]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -13,6 +13,8 @@ from hf_he.data import TASKS
 from hf_he.errors import DataError
 from hf_he.training.distillation import LossWeights
 from hf_he.training.range_penalty import Degrees, RangeTargets
+
+AnyRecipe = TypeVar("AnyRecipe")
 
 
 @dataclass
@@ -80,14 +82,25 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+def load_recipe(path: str | Path, recipe: type[AnyRecipe] = Recipe, **overrides: Any) -> AnyRecipe:
     """Read a recipe; `overrides` that are not None replace top-level fields. Raises DataError naming an unknown or ill-typed key."""
+    values = _read(path) | {name: value for name, value in overrides.items() if value is not None}
+    return _build(recipe, values, str(path))
+
+
+def recipe_kind(path: str | Path) -> str:
+    """What the recipe's key `kind` says, by default "classifier"."""
+    return _read(path).get("kind", "classifier")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a recipe such as recipes/he_bert_tiny/config.yaml.")
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    return _build(Recipe, values, str(path))
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: expected keys and values, got {values!r}.")
+    return values
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

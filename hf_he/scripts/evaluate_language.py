@@ -1,0 +1,41 @@
+"""`hf-he evaluate --task lm`: perplexity of a decoder on held-out text, and the ranges it kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_he.corpora import load_documents
+from hf_he.errors import DataError
+from hf_he.models.polynomial_mode import PolynomialModeMixin
+from hf_he.perplexity import evaluate_perplexity
+from hf_he.training.language_data import token_blocks
+
+BLOCK = 64
+
+
+def evaluate_language(directory: Path, split: str, mode: str, data_dir: Path | None, limit: int | None, block: int, batch_size: int) -> dict[str, Any]:
+    """The JSON of the command: perplexity per token and bits per byte of `limit` blocks (at equal distances) of `split`.
+
+    Raises DataError for a folder without a model, a stock model in polynomial mode, or blocks longer than the model's context.
+    """
+    if not (directory / "config.json").is_file():
+        raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    if isinstance(model, PolynomialModeMixin):
+        model.set_mode(mode)
+    elif mode != "exact":
+        raise DataError(f"{type(model).__name__} has no {mode} mode: convert it with hf_he.convert_gpt_neox or convert_llama, or use --mode exact.")
+    if block > model.config.max_position_embeddings:
+        raise DataError(f"blocks of {block} tokens exceed the model's context of {model.config.max_position_embeddings}: lower --max-length.")
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    blocks = token_blocks(tokenizer, load_documents(split, data_dir=data_dir), block)
+    if limit is not None and limit < len(blocks):
+        blocks = blocks[[row * len(blocks) // limit for row in range(limit)]]
+    result = evaluate_perplexity(model, blocks, batch_size=batch_size, progress=True)
+    size = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:]))
+    scores = {"task": "lm", "split": split, "blocks": len(blocks), "block": block, "bits_per_byte": result.bits_per_token * result.tokens / size}
+    return scores | result.to_dict()
