@@ -100,10 +100,11 @@ def serve(
     refresh: Refresh = "client",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8765,
+    finetune: Annotated[Path | None, typer.Option(help="Train adapters on encrypted examples; checkpoints go to this folder. Also under torchrun.")] = None,
     announce: Annotated[bool, typer.Option("--announce", hidden=True)] = False,
 ) -> None:
     """Serve a model to clients that hold the matching secret key. The server holds evaluation keys only."""
-    _load("files").serve(model, evaluation_keys, backend, refresh, host, port, announce)
+    _load("files").serve(model, evaluation_keys, backend, refresh, host, port, finetune, announce)
 
 
 @app.command()
@@ -135,7 +136,7 @@ def _from_file(name: str):
     return module
 
 
-for _name in ("train", "convert", "evaluate"):
+for _name in ("train", "convert", "evaluate", "finetune"):
     app.command(_name)(getattr(_from_file(_name), _name))
 app.add_typer(_from_file("bench").app, name="bench")
 

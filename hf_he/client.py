@@ -156,7 +156,7 @@ class Client:
         batches = -(-len(accepted) // lanes)
         if batches > MAX_BATCHES:
             raise DataError(f"{len(accepted)} sentences are more than one message holds ({MAX_BATCHES * lanes}): split the input")
-        embeddings, masks = self._embed([sentence.text for sentence in accepted])
+        embeddings, masks = self.embed([sentence.text for sentence in accepted])
         packed, packed_masks = [], []
         for index in range(batches):
             lane = slice(index * lanes, (index + 1) * lanes)
@@ -243,7 +243,8 @@ class Client:
     def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         return dict(self.tokenizer(list(texts), truncation=True, max_length=SEQUENCE_LENGTH, padding="max_length", return_tensors="pt"))
 
-    def _embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings [n, T, F] and padding masks [n, T] of texts, computed in the clear."""
         tokens = self._tokens(texts)
         with torch.no_grad():
             embeddings = self.model.base_model.embeddings(input_ids=tokens["input_ids"], token_type_ids=tokens.get("token_type_ids"))

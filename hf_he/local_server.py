@@ -1,4 +1,4 @@
-"""`hf-he serve` as a child process of this one: how the demo and `hf-he infer` without --server get their server."""
+"""`hf-he serve` as a child process of this one: how the demo, `hf-he infer` without --server and `hf-he finetune` get their server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -25,25 +25,37 @@ def local_server(model: str | Path, evaluation_keys: str | Path, refresh: str = 
 
     An error while starting (corrupt keys, unknown model, ...) is raised here as its own class.
     """
-    command = [sys.executable, "-m", "hf_he", "serve", "--model", str(model), "--evaluation-keys", str(evaluation_keys)]
-    command += ["--refresh", refresh, "--port", "0", "--announce"]
-    with tempfile.TemporaryFile() as log:
+    with local_servers(model, evaluation_keys, refresh) as (server,):
+        yield server
+
+
+@contextmanager
+def local_servers(
+    model: str | Path, evaluation_keys: str | Path, refresh: str = "client", finetune: str | Path | None = None, processes: int = 1
+) -> Iterator[list[RemoteServer]]:
+    """As `local_server`; with `finetune`, training servers that keep their checkpoints in that folder, `processes` of them under torchrun."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command += ["hf_he", "serve", "--model", str(model), "--evaluation-keys", str(evaluation_keys), "--refresh", refresh, "--port", "0", "--announce"]
+    command += [] if finetune is None else ["--finetune", str(finetune)]
+    with tempfile.TemporaryFile() as log, ExitStack() as stack:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:
-            with connect(_read_url(process, log)) as server:
-                try:
-                    yield server
-                except HEError as error:
-                    if process.poll() is not None:
-                        raise HEError(f"the server process ended with code {process.returncode}: {_last_line(log)}") from error
-                    raise
+            servers = [stack.enter_context(connect(url)) for url in _read_urls(process, log)]
+            try:
+                yield servers
+            except HEError as error:
+                if process.poll() is not None:
+                    raise HEError(f"the server process ended with code {process.returncode}: {_last_line(log)}") from error
+                raise
         finally:
             process.stdin.close()
             _stop(process)
             process.stdout.close()
 
 
-def _read_url(process: subprocess.Popen, log: IO[bytes]) -> str:
+def _read_urls(process: subprocess.Popen, log: IO[bytes]) -> list[str]:
     line = process.stdout.readline()
     try:
         announced = json.loads(line)
@@ -52,7 +64,7 @@ def _read_url(process: subprocess.Popen, log: IO[bytes]) -> str:
         raise HEError(f"the server process did not start: {_last_line(log)}") from None
     if "error" in announced:
         raise error_from_json(announced)
-    return announced["url"]
+    return announced["urls"]
 
 
 def _last_line(log: IO[bytes]) -> str:

@@ -13,7 +13,7 @@ from hf_he import errors
 from hf_he.ckks.parameters import PARAMETER_SETS
 from hf_he.cli import app, main
 
-COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "plan", "env", "train", "convert", "evaluate", "bench")
+COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "plan", "env", "train", "convert", "evaluate", "finetune", "bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -45,8 +45,9 @@ class EncryptedTrainingArguments(TrainingArguments):
         loss_location: "server" (softmax as polynomials on encrypted labels) or "client" (one round trip per micro-batch).
         public_padding_mask: send padding masks in the clear; the server then learns the lengths.
         lora_rank, target_modules: rank of the adapters, and the linear layers that get one.
-        divisor: AdamW-HE's 1 / sqrt is fitted on v_hat / divisor in [5e-4, 1]; calibrate it on plaintext gradients.
-        eps: added to v_hat inside the root. momentum: of sgd.
+        divisor, eps, loss_bound: ranges of the polynomials of AdamW-HE and of the softmax (see hf_he.finetuning.optimizer and .loss); what is not given the
+            client calibrates in the clear on `calibration_rows` of its examples.
+        momentum: of sgd.
         processes: server processes that share the micro-batches of a step.
     """
 
@@ -67,8 +68,10 @@ class EncryptedTrainingArguments(TrainingArguments):
     public_padding_mask: bool = field(default=False, metadata={"help": "Send padding masks in the clear."})
     lora_rank: int = field(default=2, metadata={"help": "Rank of the LoRA adapters."})
     target_modules: tuple[str, ...] = field(default=("query", "key", "value"), metadata={"help": "Linear layers with an adapter."})
-    divisor: float = field(default=1.0, metadata={"help": "v_hat is divided by this before the polynomial of 1 / sqrt."})
-    eps: float = field(default=8e-3, metadata={"help": "Added to v_hat inside the root."})
+    divisor: float | None = field(default=None, metadata={"help": "Bound of v_hat + eps; default: calibrated on the client."})
+    eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: 0.02 of the divisor."})
+    loss_bound: float | None = field(default=None, metadata={"help": "Largest difference of logits; default: calibrated on the client."})
+    calibration_rows: int = field(default=256, metadata={"help": "Training examples the client calibrates on."})
     momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
     processes: int = field(default=1, metadata={"help": "Server processes."})
 
@@ -86,7 +89,7 @@ class EncryptedTrainingArguments(TrainingArguments):
             raise ParameterError(f"save_strategy: {_WHY['save_strategy']}")
         self.target_modules = tuple(self.target_modules)
         super().__post_init__()
-        self.settings(1)
+        self.settings(1, divisor=1.0, eps=0.02, loss_bound=12.0)
 
     @property
     def parameter_set_name(self) -> str:
@@ -98,8 +101,8 @@ class EncryptedTrainingArguments(TrainingArguments):
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * -(-rows // self.per_device_train_batch_size)))
 
-    def settings(self, rows: int) -> TrainingSettings:
-        """What the server is told. Raises ParameterError for values that make no sense."""
+    def settings(self, rows: int, divisor: float, eps: float, loss_bound: float) -> TrainingSettings:
+        """What the server is told; the numbers are used where the arguments leave theirs open. Raises ParameterError for values that make no sense."""
         steps = self.total_steps(rows)
         return TrainingSettings(
             rank=self.lora_rank,
@@ -113,9 +116,10 @@ class EncryptedTrainingArguments(TrainingArguments):
             momentum=float(self.momentum),
             beta1=float(self.adam_beta1),
             beta2=float(self.adam_beta2),
-            eps=float(self.eps),
-            divisor=float(self.divisor),
+            eps=float(eps if self.eps is None else self.eps),
+            divisor=float(divisor if self.divisor is None else self.divisor),
             weight_decay=float(self.weight_decay),
+            loss_bound=float(loss_bound if self.loss_bound is None else self.loss_bound),
             optimizer_location=self.optimizer_location,
             loss_location=self.loss_location,
             public_padding_mask=self.public_padding_mask,

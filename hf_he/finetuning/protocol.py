@@ -40,8 +40,9 @@ _AGAIN = "client and server need the same version of hf_he"
 class TrainingSettings:
     """The public half of a run: what the server computes with, and therefore learns. Raises ParameterError for a value that makes no sense.
 
-    `steps` is the length of the schedule, `sequences` the number of examples in a full step. `optimizer_location` and `loss_location` are
-    "server" or "client"; with `public_padding_mask` the lengths of the texts are sent in the clear.
+    `steps` is the length of the schedule, `sequences` the number of examples in a full step. `eps` and `divisor` are those of
+    hf_he.finetuning.optimizer, `loss_bound` and `loss_degree` those of the softmax in hf_he.finetuning.loss. `optimizer_location` and
+    `loss_location` are "server" or "client"; with `public_padding_mask` the lengths of the texts are sent in the clear.
     """
 
     rank: int = 2
@@ -55,9 +56,11 @@ class TrainingSettings:
     momentum: float = 0.9
     beta1: float = 0.9
     beta2: float = 0.999
-    eps: float = 8e-3
+    eps: float = 2e-2
     divisor: float = 1.0
     weight_decay: float = 0.0
+    loss_bound: float = 12.0
+    loss_degree: int = 15
     optimizer_location: str = "server"
     loss_location: str = "server"
     public_padding_mask: bool = False
@@ -72,7 +75,8 @@ class TrainingSettings:
                 raise ParameterError(f"{name} must be one of {', '.join(allowed)}, got {quoted(getattr(self, name))}")
         ranges = {
             "rank": (1, 64), "steps": (1, MAX_STEPS), "sequences": (1, 65536), "warmup_steps": (0, MAX_STEPS), "learning_rate": (1e-9, 100.0),
-            "momentum": (0.0, 0.9999), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.999999), "eps": (1e-9, 100.0), "divisor": (1e-9, 1e9), "weight_decay": (0.0, 1.0),
+            "momentum": (0.0, 0.9999), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.999999), "eps": (1e-12, 1e6), "divisor": (1e-9, 1e9),
+            "weight_decay": (0.0, 0.9999), "loss_bound": (1.0, 100.0), "loss_degree": (3, 127),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -264,7 +268,7 @@ class EncryptedAdapterMessage:
 
 @dataclass(frozen=True)
 class Question:
-    """What a server asks of the client in the middle of a step: the loss gradient of micro-batch `batch` from its logits, or fresh weights from a gradient."""
+    """Asked of the client in the middle of a step: the loss gradient of micro-batch `batch` from its logits, or fresh weights from a gradient."""
 
     about: str
     step: int

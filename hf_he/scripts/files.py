@@ -110,31 +110,48 @@ def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool) -> 
     print_summary(data)
 
 
-def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str, host: str, port: int, announce: bool) -> None:
-    """Serve a model until interrupted. `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes."""
+def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str, host: str, port: int, finetune: Path | None, announce: bool) -> None:
+    """Serve a model until interrupted; with `finetune`, train it on encrypted examples and keep the checkpoints there.
+
+    `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes. Under torchrun every rank is a server of its own, on the
+    next port; the first one names all of them.
+    """
     from hf_he.backends import backend_class
+    from hf_he.finetuning.parallel import Workers
     from hf_he.keys import ServerKeys
     from hf_he.server import Server
     from hf_he.service import serve as run
 
     def ready(url: str) -> None:
+        urls = [part.decode() for part in workers.all_gather(url.encode())]
         if announce:
-            print(json.dumps({"url": url}), flush=True)
+            if workers.first:
+                print(json.dumps({"urls": urls}), flush=True)
             threading.Thread(target=_stop_with_parent, daemon=True).start()
         else:
-            console.print(f"serving {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
+            what = "serving" if finetune is None else "training"
+            console.print(f"{what} {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
 
     try:
+        workers = Workers() if finetune is None else Workers.from_environment()
         keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if backend != "auto" and backend_class(backend).name != keys.backend:
             raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
-        server = Server(model or default_model(), keys, refresh=refresh)
+        if finetune is None:
+            server = Server(model or default_model(), keys, refresh=refresh)
+        else:
+            from hf_he.finetuning.server import FinetuneServer
+
+            def notice(text: str) -> None:
+                say(f"[yellow]notice:[/] {text}")
+
+            server = FinetuneServer(model or default_model(), keys, finetune, refresh=refresh, announce=notice, workers=workers)
     except HEError as error:
         if not announce:
             raise
         print(json.dumps(error_to_json(error)), flush=True)
         sys.exit(1)
-    run(server, host, port, ready)
+    run(server, host, port + workers.rank if port else 0, ready)
 
 
 def read_sentences(path: Path) -> list[str]:

@@ -1,0 +1,146 @@
+"""`hf-he finetune`: LoRA adapters on a task, with --encrypted on ciphertexts in a server process that sees neither data nor adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hf_he.finetuning.trainer import EncryptedTrainer
+
+SHORT_RUN_STEPS = 10
+
+
+def finetune(
+    encrypted: Annotated[bool, typer.Option("--encrypted", help="Train on ciphertexts; without it, in the clear with the same polynomials.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the run: keys, checkpoints, adapter, plot.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, native or simulator (plaintext, no protection).")] = None,
+    parameters: Annotated[str | None, typer.Option(help="Parameter set; see `hf-he env`.")] = None,
+    refresh: Annotated[str | None, typer.Option(help="client or bootstrap.")] = None,
+    optimizer_location: Annotated[str | None, typer.Option(help="server or client (one round trip per step, the client sees the gradient).")] = None,
+    loss_location: Annotated[str | None, typer.Option(help="server or client (one round trip per micro-batch).")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the schedule; 0.1 epochs or so without it.")] = SHORT_RUN_STEPS,
+    epochs: Annotated[float | None, typer.Option(help="Train so many epochs instead of --max-steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.")] = None,
+    server: Annotated[list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Fine-tune LoRA adapters by a recipe; the adapter comes back as a plain PEFT adapter."""
+    from transformers.utils import logging
+
+    from hf_he.checkpoints import default_model
+    from hf_he.finetuning.recipe import load_finetune_recipe
+
+    logging.set_verbosity_error()
+    recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
+    overrides = {
+        "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
+        "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes,
+        "max_steps": -1 if epochs else max_steps, "num_train_epochs": epochs, "disable_tqdm": True,
+    }  # fmt: skip
+    if refresh == "bootstrap" and parameters is None:
+        overrides["parameters"] = "n16-bootstrap"
+    run = _encrypted if encrypted else _plain
+    run(recipe, recipe.training_arguments(**overrides), server, resume, json_output)
+
+
+def _encrypted(recipe: Any, args: Any, urls: list[str] | None, resume: bool, json_output: bool) -> None:
+    from contextlib import ExitStack
+
+    from hf_he.finetuning.report import plot_losses, report_of
+    from hf_he.finetuning.trainer import EncryptedTrainer
+    from hf_he.remote import connect
+    from hf_he.scripts.display import print_json, say
+
+    train, dev = recipe.datasets()
+    with ExitStack() as stack:
+        servers = [stack.enter_context(connect(url)) for url in urls] if urls else None
+        bar = _bar(stack)
+        trainer = EncryptedTrainer(recipe.model_folder, args, train, dev, callbacks=[bar], servers=servers, announce=say)
+        trainer.train(resume_from_checkpoint=resume)
+    folder = trainer.save_model()
+    data, details = report_of(trainer, say)
+    plot_losses(trainer, details, trainer.folder / "losses.png")
+    if json_output:
+        print_json(data)
+        return
+    _print(trainer, data, details)
+    say(f"adapter: {folder}; loss curve: {trainer.folder / 'losses.png'}")
+
+
+def _bar(stack: Any) -> Any:
+    """A TrainerCallback that shows steps and losses."""
+    from transformers import TrainerCallback
+
+    from hf_he.scripts.display import progress_bar, say
+
+    class Bar(TrainerCallback):
+        progress = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.progress = stack.enter_context(progress_bar("Training on ciphertexts"))
+            self._show(state, "")
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                line = f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, {logs['seconds']:.1f} s"
+                self._show(state, line)
+                if self.progress.disable:
+                    say(line)
+
+        def _show(self, state, note):
+            self.progress.update(self.progress.task_ids[0], completed=state.global_step, total=state.max_steps, note=note)
+
+    return Bar()
+
+
+def _print(trainer: EncryptedTrainer, data: dict[str, Any], details: Any) -> None:
+    from rich.table import Table
+
+    from hf_he.scripts.display import console
+
+    losses = Table("step", "encrypted", "polynomial twin", "difference", title="Loss before each update")
+    for step, (ours, twin) in enumerate(zip(data["losses"], data["losses_polynomial"], strict=True), 1):
+        losses.add_row(str(step), f"{ours:.5f}", f"{twin:.5f}", f"{ours - twin:+.1e}")
+    console.print(losses)
+    by_op = Table(title="Server time of a step by operation")
+    for name in ("operation", "seconds", "share", "planned"):
+        by_op.add_column(name, justify="left" if name == "operation" else "right")
+    total = sum(data["by_op"].values()) or 1.0
+    for name, seconds in sorted(data["by_op"].items(), key=lambda item: -item[1]):
+        by_op.add_row(name, f"{seconds:.2f}", f"{seconds / total:.0%}", f"{details.planned_seconds.get(name, 0.0):.2f}")
+    console.print(by_op)
+    facts = Table(show_header=False, title="Run")
+    facts.add_row("step", f"{data['seconds_per_step']:.2f} s, {data['seconds_per_step'] / trainer.args.per_device_train_batch_size:.2f} s per example")
+    facts.add_row("planner's estimate", f"{sum(details.planned_seconds.values()):.1f} s on one core, {details.planned_refreshes} refreshes")
+    facts.add_row("adapter against the twin", f"relative error {data['adapter_relative_error']:.1e} ({details.update_error:.1e} of the update)")
+    facts.add_row("score", f"{data['score_before']:.4f} before, {data['score_after']:.4f} after ({details.rows} dev rows, polynomial mode)")
+    facts.add_row("refreshes, bootstraps", f"{details.refreshes_per_step:g}, {data['bootstraps_per_step']:g} per step")
+    facts.add_row("peak memory", f"{data['peak_memory_gb']:.2f} GB")
+    facts.add_row("backend", data["backend"])
+    console.print(facts)
+
+
+def _plain(recipe: Any, args: Any, urls: list[str] | None, resume: bool, json_output: bool) -> None:
+    """The same recipe in the clear, in polynomial mode."""
+    from hf_he.errors import ParameterError
+    from hf_he.finetuning.report import plain_run
+    from hf_he.scripts.display import console, print_json, progress_bar
+
+    if urls or resume:
+        raise ParameterError("--server and --resume belong to encrypted training: add --encrypted, or leave them out")
+    with progress_bar("Training in the clear, polynomial mode"):
+        data = plain_run(recipe, args)
+    if json_output:
+        print_json(data)
+        return
+    first, last = data["losses_polynomial"][0], data["losses_polynomial"][-1]
+    console.print(f"{data['steps']} steps, loss {first:.4f} to {last:.4f}, {data['seconds_per_step']:.3f} s each")
+    console.print(f"score {data['score_before']:.4f} before, {data['score_after']:.4f} after ({recipe.eval_rows} dev rows, polynomial mode)")
