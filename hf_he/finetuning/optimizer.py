@@ -32,6 +32,7 @@ from hf_he.ops.context import OperationContext
 from hf_he.ops.norm import inverse_root, inverse_root_depth
 
 if TYPE_CHECKING:
+    from hf_he.finetuning.adapter import EncryptedAdapter
     from hf_he.finetuning.protocol import TrainingSettings
 
 State = dict[str, Ciphertext]
@@ -56,7 +57,7 @@ class SGD:
     def gradient_gain(self) -> float:
         return 1.0 / math.sqrt(self.divisor)
 
-    def init(self, context: OperationContext, weights: Ciphertext) -> State:
+    def init(self, adapter: EncryptedAdapter) -> State:
         """The state before the first step: none, the averages begin with its gradient."""
         return {}
 
@@ -116,7 +117,7 @@ class AdamWHE:
         """Levels from the gradient to the updated weights when nothing is refreshed on the way."""
         return 2 + inverse_root_depth(self.approximation) + 1
 
-    def init(self, context: OperationContext, weights: Ciphertext) -> State:
+    def init(self, adapter: EncryptedAdapter) -> State:
         """The state before the first step: none, the averages begin with its gradient."""
         return {}
 

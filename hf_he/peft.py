@@ -1,0 +1,44 @@
+"""LoRA as encrypted training wants it: plain PEFT adapters whose scaling is 1.
+
+`scaling` = lora_alpha / r multiplies every adapter's output; on ciphertexts that product costs a level of every adapted state. Folding
+it into lora_B changes nothing but the learning rate of lora_B, so here lora_alpha = r. The adapter is stock LoRA: it saves as such, and
+`PeftModel.from_pretrained` loads it on a plain model without this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+
+from hf_he.errors import ParameterError
+
+
+@dataclass
+class HELoraConfig(LoraConfig):
+    """A `peft.LoraConfig` that encrypted training can run: scaling 1, no dropout (it would need a fresh mask per ciphertext), no variant of LoRA.
+
+    Everything else means what it does in peft; the targets default to those of the model (query and value for HEBert). Raises ParameterError for
+    a setting that has no encrypted form.
+    """
+
+    lora_alpha: int | None = field(default=None, metadata={"help": "Must be r, the default: the scaling is folded into lora_B."})
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r
+        if self.lora_alpha != self.r:
+            raise ParameterError(f"lora_alpha {self.lora_alpha} with r {self.r} scales every adapter, which costs a level: leave it out, and scale the rate")
+        refused = {
+            "lora_dropout": bool(self.lora_dropout),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "bias": self.bias != "none",
+            "rank_pattern": bool(self.rank_pattern),
+            "alpha_pattern": bool(self.alpha_pattern),
+        }
+        for name, wrong in refused.items():
+            if wrong:
+                raise ParameterError(f"{name} has no encrypted form: leave it at its default")
+        super().__post_init__()
