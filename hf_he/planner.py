@@ -24,7 +24,7 @@ from hf_he.backends.counting import CountingBackend
 from hf_he.ckks.bootstrapping.keys import rotation_steps
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.ops import polynomial
+from hf_he.ops import DECODERS, polynomial
 from hf_he.ops.attention import SCORE_DEPTH
 from hf_he.ops.norm import STATISTIC_DEPTH, inverse_root_depth, inverse_root_level
 from hf_he.ops.placement import ActivationLevels, AttentionLevels, Levels, NormLevels
@@ -81,14 +81,14 @@ class CountingSession(EncryptedSession):
 
 
 def make_plan(model: nn.Module, parameters: CKKSParameters, packing: Packing) -> Plan:
-    """The plan of a HEBert sequence classifier in polynomial mode."""
+    """The plan of a HEBert sequence classifier or a decoder (all positions, no padding mask) in polynomial mode."""
     session = CountingSession(parameters, packing)
     backend = session.backend
     with torch.no_grad():
         levels = _cheapest(_stages(model, session), session) if _is_chain(model) else {}
         session.place(model, levels)
         backend.reset()
-        _run(lambda: model(embedding_output=session.state(session.top), attention_mask=session.mask()).logits)
+        _run(lambda: _forward(model, session))
     return Plan(levels, backend.rotation_levels, backend.relinearization_level, tuple(backend.refreshes), backend.log.operations(), dict(backend.seconds))
 
 
@@ -111,7 +111,15 @@ def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int
 
 
 def _is_chain(model: nn.Module) -> bool:
-    return model.config.norm_position == "post" and not model.config.gated_ffn and model.config.attention_kernel == "gaussian_kernel"
+    config = model.config
+    return getattr(config, "norm_position", "pre") == "post" and not config.gated_ffn and config.attention_kernel == "gaussian_kernel"
+
+
+def _forward(model: nn.Module, session: CountingSession) -> EncryptedTensor:
+    """Logits of a fresh batch."""
+    if model.config.model_type in DECODERS:
+        return model(inputs_embeds=session.state(session.top), use_cache=False).logits
+    return model(embedding_output=session.state(session.top), attention_mask=session.mask()).logits
 
 
 def _run(function: Callable[[], EncryptedTensor], level: int | None = None) -> int:

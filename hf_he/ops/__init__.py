@@ -6,26 +6,44 @@ from itertools import pairwise
 from typing import Any
 
 from hf_he.errors import ShapeError
-from hf_he.ops import attention, linear, reduce
+from hf_he.ops import attention, linear, power_softmax, reduce, rotary
 from hf_he.packing import Packing
 
-__all__ = ["required_rotations"]
+__all__ = ["DECODERS", "required_rotations"]
+
+DECODERS = ("he_gpt_neox", "he_llama")
+"""Model types with a causal forward."""
 
 
 def required_rotations(config: Any, packing: Packing, lora_rank: int = 0) -> set[int]:
-    """Rotation steps (in 1 .. slots - 1) that an encrypted forward of a HEBert sequence classifier uses: what its evaluation keys must cover.
+    """Rotation steps (in 1 .. slots - 1) that an encrypted forward uses, of a HEBert sequence classifier or of a decoder with its language-model
+    head: what its evaluation keys must cover.
 
     `lora_rank`: of unmerged (plaintext) LoRA adapters on maps of the hidden state; merged ones need nothing more.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
     if packing.features != hidden:
         raise ShapeError(f"the packing has {packing.features} features per ciphertext, the model {hidden}: use Packing.fit(slots, {hidden}, tokens)")
-    steps = attention.rotations(packing, config.num_attention_heads) | reduce.rotations(packing)
+    steps = _attention(config, packing) | reduce.rotations(packing)
     steps |= linear.rotations(packing, hidden, hidden, hidden, hidden) | linear.rotations(packing, hidden, hidden)
     steps |= linear.rotations(packing, hidden, wide) | linear.rotations(packing, wide, hidden)
     if lora_rank:
         steps |= linear.rotations(packing, hidden, lora_rank) | linear.rotations(packing, lora_rank, hidden)
+    if config.model_type in DECODERS:
+        return steps | linear.rotations(packing, hidden, config.vocab_size)
     head = [hidden, *config.classifier_hidden_sizes, config.num_labels]
     for narrow, following in pairwise(head):
         steps |= linear.rotations(packing, narrow, following)
+    return steps
+
+
+def _attention(config: Any, packing: Packing) -> set[int]:
+    heads = config.num_attention_heads
+    steps = attention.rotations(packing, heads)
+    if config.attention_kernel == "power_softmax":
+        steps |= power_softmax.rotations(packing, heads, divisor=config.power_softmax_divisor is not None)
+    if config.model_type in DECODERS:
+        head_dim = packing.features // heads
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        steps |= rotary.rotations(packing, int(head_dim * share))
     return steps
