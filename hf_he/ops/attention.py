@@ -68,16 +68,52 @@ def encrypted(
     levels: AttentionLevels = DEFAULT_LEVELS,
     causal: bool = False,
 ) -> Ciphertext:
-    """Un-normalised kernel attention of one feature block [1]; the result is at level `levels.value` - 1, canonical.
+    """Un-normalised kernel attention [blocks], one feature block after another; the result is at level `levels.value` - 1, canonical.
 
     `mask`: [1] from `pack_attention_mask`. `causal`: keys up to the query only, one level of the scores. The scores are refreshed when `levels`
     leave them too few levels for the kernel. Rotations: T log2(head_dim / b) at each of levels.query - 1 and levels.value, about
     2 T / b + 6 b others.
     """
-    prepared = prepare(context, query, key, value, mask, heads, scaling, approximation, levels, causal)
-    with context.backend.log.measure("attention"):
-        weights = kernel(context, prepared.scores, approximation.squarings, levels.value + 1)
-        return weighted_sum(context, prepared.layout, weights, prepared.rotated_v)
+    outputs = []
+    for operands in by_block(query, key, value, levels):
+        prepared = prepare(context, *operands, mask, block_heads(query, heads), scaling, approximation, levels, causal)
+        with context.backend.log.measure("attention"):
+            weights = kernel(context, prepared.scores, approximation.squarings, levels.value + 1)
+            outputs.append(weighted_sum(context, prepared.layout, weights, prepared.rotated_v))
+    return joined(context, outputs)
+
+
+def by_block(query: Operand, key: Operand, value: Operand, levels: AttentionLevels) -> list[tuple[Operand, Operand, Operand]]:
+    """The operands themselves if they are one feature block, otherwise each block of them, at the levels of `project`: heads lie within blocks.
+
+    Raises ShapeError where features are no multiple of the packing's.
+    """
+    context, c = query.context, query.context.packing.features
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if operand.features % c or operand.features != query.features:
+            raise ShapeError(f"the {name} has {operand.features} features, the packing {c} per ciphertext: attention needs whole blocks, and all alike")
+    if query.features == c:
+        return [(query, key, value)]
+    projected = _projected(query, key, value, levels)
+    return [tuple(block_of(context, ct, block) for ct in projected) for block in range(query.features // c)]
+
+
+def block_of(context: OperationContext, ct: Ciphertext, block: int) -> Operand:
+    """One feature block of a batch [blocks]."""
+    return Operand(context, context.packing.features, context.backend.take(ct, slice(block, block + 1)))
+
+
+def block_heads(query: Operand, heads: int) -> int:
+    """Heads of one feature block. Raises ShapeError for heads that would cross blocks."""
+    blocks = query.features // query.context.packing.features
+    if heads % blocks:
+        raise ShapeError(f"{heads} heads cannot be shared out among {blocks} ciphertexts: use a packing with fewer or more features")
+    return heads // blocks
+
+
+def joined(context: OperationContext, parts: list[Ciphertext]) -> Ciphertext:
+    """Feature blocks [1] as one batch [blocks]."""
+    return parts[0] if len(parts) == 1 else context.backend.reshape(context.backend.stack(parts), (len(parts),))
 
 
 def prepare(
@@ -94,9 +130,6 @@ def prepare(
 ) -> Prepared:
     """Everything up to the scores s / 2^squarings, two levels below levels.query, three when `causal`: then -1 where the key is ahead of the
     query, which makes the kernel (1 - 1)^(2^squarings) and its derivative exactly 0 there."""
-    for name, operand in (("query", query), ("key", key), ("value", value)):
-        if operand.features != context.packing.features:
-            raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
     layout = ScoreLayout(context.packing, heads)
     backend = context.backend
     q, k, v = project(query, key, value, levels)
@@ -118,8 +151,13 @@ def default_levels(context: OperationContext, squarings: int, causal: bool) -> A
 
 
 def project(query: Operand, key: Operand, value: Operand, levels: AttentionLevels = DEFAULT_LEVELS) -> tuple[Ciphertext, Ciphertext, Ciphertext]:
-    """q and k at levels.query, v one above levels.value, unbatched; maps of one input that are still waiting and end at one level are one
-    matrix product."""
+    """q and k at levels.query, v one above levels.value, one feature block each, unbatched; maps of one input that are still waiting and end at
+    one level are one matrix product."""
+    return tuple(query.context.backend.take(ct, 0) for ct in _projected(query, key, value, levels))
+
+
+def _projected(query: Operand, key: Operand, value: Operand, levels: AttentionLevels) -> list[Ciphertext]:
+    """`project`, [blocks] each."""
     operands = [operand.source if _rotates(operand) else operand for operand in (query, key, value)]
     context = query.context
     backend = context.backend
@@ -132,12 +170,12 @@ def project(query: Operand, key: Operand, value: Operand, levels: AttentionLevel
         for level in sorted(set(wanted), reverse=True):
             members = [i for i in range(3) if wanted[i] == level]
             stacked = linear.encrypted(context, source, [operands[i] for i in members], level)
-            results |= {i: backend.take(stacked, position) for position, i in enumerate(members)}
+            blocks = stacked.count // len(members)
+            results |= {i: backend.take(stacked, slice(position * blocks, (position + 1) * blocks)) for position, i in enumerate(members)}
         projected = [results[i] for i in range(3)]
     else:
         projected = [_at_level(operand, level) for operand, level in zip(operands, wanted, strict=True)]
-    q, k, v = (rotary.encrypted(context, ct, o.rotation) if _rotates(o) else ct for o, ct in zip((query, key, value), projected, strict=True))
-    return q, k, v
+    return [rotary.encrypted(context, ct, o.rotation) if _rotates(o) else ct for o, ct in zip((query, key, value), projected, strict=True)]
 
 
 def _rotates(operand: Operand) -> bool:
@@ -147,7 +185,7 @@ def _rotates(operand: Operand) -> bool:
 def _at_level(operand: Operand, level: int) -> Ciphertext:
     if operand.level < level:
         operand.ensure(level)
-    return operand.context.backend.take(operand.at(level), 0)
+    return operand.at(level)
 
 
 def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:

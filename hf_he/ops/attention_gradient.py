@@ -13,9 +13,9 @@ Sums over the babies belong to queries (rotated by g b), sums over the giants to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hf_he.approximation import KernelExponential
 from hf_he.backends.base import Ciphertext
@@ -34,11 +34,12 @@ GRADIENT_DEPTH = 2
 """Levels from the kernel or its slopes to the gradients: copy mask, product."""
 
 Gradients = tuple[Operand | None, Operand | None, Operand | None]
+BlockGradients = tuple[Ciphertext | None, Ciphertext | None, Ciphertext | None]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward needs of one forward, unbatched: q, k and the masked v; the encrypted mask [1]; and of the kernel, by policy, the
+    """What the backward needs of the forward of one feature block, unbatched: q, k and the masked v; the encrypted mask [1]; and of the kernel, by policy, the
     scores s / 2^squarings [score ciphertexts] ("recompute") or kernel and derivative [2, score ciphertexts] ("keep")."""
 
     heads: int
@@ -63,33 +64,57 @@ def forward(
     approximation: KernelExponential,
     levels: AttentionLevels = TRAINING_LEVELS,
     policy: Policy = "recompute",
-) -> tuple[Ciphertext, Saved]:
-    """`attention.encrypted`, and what `backward` needs.
+    causal: bool = False,
+) -> tuple[Ciphertext, tuple[Saved, ...]]:
+    """`attention.encrypted`, and what `backward` needs, by feature block.
 
     "recompute" saves the scores and squares again in the backward: no more work here, and one refresh of two narrow ciphertexts there, if the
     levels suffice for all squarings. "keep" multiplies up the derivative beside the kernel (squarings - 1 more products) and saves both.
     """
-    prepared = attention.prepare(context, query, key, value, mask, heads, scaling, approximation, levels)
-    level = levels.value + 1
-    with context.backend.log.measure("attention"):
-        if policy == "keep":
-            scores = _kernel_and_derivative(context, prepared.scores, approximation.squarings, level)
-            weights = context.backend.take(scores, 0)
-        else:
-            scores = prepared.scores
-            weights = attention.kernel(context, scores, approximation.squarings, level)
-        out = attention.weighted_sum(context, prepared.layout, weights, prepared.rotated_v)
-    return out, Saved(heads, scaling, approximation, policy, mask, prepared.q, prepared.k, prepared.v, scores)
+    outputs, saved = [], []
+    for operands in attention.by_block(query, key, value, levels):
+        own = attention.block_heads(query, heads)
+        prepared = attention.prepare(context, *operands, mask, own, scaling, approximation, levels, causal)
+        with context.backend.log.measure("attention"):
+            if policy == "keep":
+                scores = _kernel_and_derivative(context, prepared.scores, approximation.squarings, levels.value + 1)
+                weights = context.backend.take(scores, 0)
+            else:
+                scores = prepared.scores
+                weights = attention.kernel(context, scores, approximation.squarings, levels.value + 1)
+            outputs.append(attention.weighted_sum(context, prepared.layout, weights, prepared.rotated_v))
+        saved.append(Saved(own, scaling, approximation, policy, mask, prepared.q, prepared.k, prepared.v, scores))
+    return attention.joined(context, outputs), tuple(saved)
 
 
-def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1) -> Gradients:
-    """Gradients of query, key and value, [1] each at level `output`, canonical; None where `needs` says so.
+def backward(
+    context: OperationContext, saved: Sequence[Saved], gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1
+) -> Gradients:
+    """Gradients of query, key and value, [blocks] each at level `output`, canonical; None where `needs` says so.
 
-    `gradient`: of the attention's result [1], at any level. Of it `output` + 1 levels are used for values (one more under a mask) and 2 for
+    `gradient`: of the attention's result [blocks], at any level. Of it `output` + 1 levels are used for values (one more under a mask) and 2 for
     queries and keys, of q and k `output` + 1, of the kernel and its slopes GRADIENT_DEPTH more than `output` (one more under a mask). What
     falls short is refreshed: whole states together, then score ciphertexts together. T log2(head_dim / b) rotations for do . v, as many for
     the slopes, as many for the weights; about 3 b + 4 T / b others.
     """
+    return gradients_by_block(context, saved, gradient, lambda one, do: _backward(context, one, do, needs, output))
+
+
+def gradients_by_block(context: OperationContext, saved: Sequence[Any], gradient: Operand, one_block: Callable[[Any, Operand], BlockGradients]) -> Gradients:
+    """Gradients [blocks] of queries, keys and values from those of each block; the gradient itself if there is but one."""
+    blocks = [gradient] if len(saved) == 1 else [attention.block_of(context, gradient.ciphertext, i) for i in range(len(saved))]
+    found = [one_block(one, do) for one, do in zip(saved, blocks, strict=True)]
+
+    def operand(position: int) -> Operand | None:
+        if found[0][position] is None:
+            return None
+        return Operand(context, gradient.features, context.backend.stack([gradients[position] for gradients in found]))
+
+    return operand(0), operand(1), operand(2)
+
+
+def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool], output: int) -> BlockGradients:
+    """`backward` of one block, unbatched."""
     backend, layout = context.backend, ScoreLayout(context.packing, saved.heads)
     for_scores, for_values = needs[0] or needs[1], needs[2]
     if not for_scores and not for_values:
@@ -116,11 +141,7 @@ def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: 
             dv = value_gradient(context, layout, weights, backend.drop_level(rotated, value_level))
             if saved.mask is not None:
                 dv = context.product(dv, backend.match_level(context.ensure_level(backend.take(saved.mask, 0), dv.level), dv.level))
-    return operand_of(context, dq), operand_of(context, dk), operand_of(context, dv)
-
-
-def operand_of(context: OperationContext, ct: Ciphertext | None) -> Operand | None:
-    return None if ct is None else Operand(context, context.packing.features, context.backend.reshape(ct, (1,)))
+    return dq, dk, dv
 
 
 def _kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:

@@ -15,7 +15,7 @@ usual P (dP - rowsum(dP P)) with rowsum(dP P)_i = do_i . o_i, so that no row is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from hf_he.approximation import KernelExponential, Reciprocal
 from hf_he.backends.base import Ciphertext
 from hf_he.ops import attention, attention_gradient, reduce
-from hf_he.ops.attention_gradient import Gradients, operand_of
+from hf_he.ops.attention_gradient import BlockGradients, Gradients, gradients_by_block
 from hf_he.ops.context import OperationContext
 from hf_he.ops.goldschmidt import evaluate_reciprocal
 from hf_he.ops.operand import Operand
@@ -51,7 +51,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward needs of one forward, unbatched but for the mask [1] and the scores (s - c) / 2^k [score ciphertexts]."""
+    """What the backward needs of the forward of one feature block, unbatched but for the mask [1] and the scores (s - c) / 2^k [score ciphertexts]."""
 
     heads: int
     scaling: float
@@ -82,14 +82,30 @@ def forward(
     scaling: float,
     form: Softmax,
     levels: AttentionLevels = DEFAULT_LEVELS,
-) -> tuple[Ciphertext, Saved]:
-    """Softmax attention of one feature block [1] at level levels.value - 2, canonical, and what `backward` needs.
+) -> tuple[Ciphertext, tuple[Saved, ...]]:
+    """Softmax attention [blocks] at level levels.value - 2, canonical, and what `backward` needs, by feature block.
 
     Two levels from levels.query to the scores, one per squaring, one for the mask, one for the row sums, the reciprocal's. What has too few left is
     refreshed: the score ciphertexts, the one of the row sums. Rotations: those of Gaussian-kernel attention and about 3 log2(head_dim) + b.
     """
+    own = replace(levels, value=levels.value - 1)
+    blocks = attention.by_block(query, key, value, own)
+    saved = [_forward(context, *attention.project(*operands, own), mask, attention.block_heads(query, heads), scaling, form, levels) for operands in blocks]
+    return attention.joined(context, [context.backend.reshape(one.out, (1,)) for one in saved]), tuple(saved)
+
+
+def _forward(
+    context: OperationContext,
+    q: Ciphertext,
+    k: Ciphertext,
+    v: Ciphertext,
+    mask: Ciphertext | None,
+    heads: int,
+    scaling: float,
+    form: Softmax,
+    levels: AttentionLevels,
+) -> Saved:
     backend, layout = context.backend, ScoreLayout(context.packing, heads)
-    q, k, v = attention.project(query, key, value, replace(levels, value=levels.value - 1))
     with backend.log.measure("attention"):
         rotated_k = backend.rotate(k, attention.baby_steps(layout))
         rotated_v = backend.rotate(v, attention.baby_steps(layout))
@@ -101,20 +117,29 @@ def forward(
         out = backend.take(attention.weighted_sum(context, layout, weights, rotated_v), 0)
         inverse = evaluate_reciprocal(context, _mapped_row_sums(context, layout, weights, form), form.reciprocal, out.level)
         out = context.product(out, backend.match_level(inverse, out.level))
-    return backend.reshape(out, (1,)), Saved(heads, scaling, form, mask, q, k, v, scores, inverse, out)
+    return Saved(heads, scaling, form, mask, q, k, v, scores, inverse, out)
 
 
-def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1) -> Gradients:
-    """Gradients of query, key and value, [1] each at level `output`, canonical; None where `needs` says so.
+def backward(
+    context: OperationContext, saved: Sequence[Saved], gradient: Operand, needs: tuple[bool, bool, bool] = (True, True, True), output: int = 1
+) -> Gradients:
+    """Gradients of query, key and value, [blocks] each at level `output`, canonical; None where `needs` says so.
 
-    `gradient`: of the result [1], at any level. Refreshed where they fall short: gradient, reciprocal, q, k, v and o together (`output` + 1
+    `gradient`: of the result [blocks], at any level. Refreshed where they fall short: gradient, reciprocal, q, k, v and o together (`output` + 1
     levels of q and k, 2 or more of the others), then scores and errors together. Rotations: as `attention_gradient.backward`.
     """
+    return gradients_by_block(context, saved, gradient, lambda one, do: _backward(context, one, do, needs, output))
+
+
+def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs: tuple[bool, bool, bool], output: int) -> BlockGradients:
+    """`backward` of one block, unbatched."""
     backend, layout = context.backend, ScoreLayout(context.packing, saved.heads)
     for_scores, for_values = needs[0] or needs[1], needs[2]
     if not for_scores and not for_values:
         return None, None, None
     depth = max(output + 1 if for_values else 0, attention.SCORE_DEPTH if for_scores else 0)
+    level = output + attention_gradient.GRADIENT_DEPTH + 1
+    dq = dk = dv = errors = None
     with backend.log.measure("attention"):
         wide = [(backend.take(gradient.at_least(depth + 1), 0), depth + 1), (saved.inverse, depth + 1)]
         if for_scores:
@@ -122,20 +147,17 @@ def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: 
         do, inverse, *others = context.ensure_levels(wide)
         scaled = context.product(backend.match_level(do, depth + 1), backend.match_level(inverse, depth + 1))
         rotated = backend.rotate(scaled, attention.giant_steps(layout, -1))
-        errors = None
         if for_scores:
             q, k, v, out = others
             errors = _errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, out, saved.scaling)
-        level = output + attention_gradient.GRADIENT_DEPTH
-        weights, slopes = attention_gradient.weights_and_slopes(context, saved.scores, errors, saved.form.exponential.squarings, level + 1)
-        dq = dk = dv = None
+        weights, slopes = attention_gradient.weights_and_slopes(context, saved.scores, errors, saved.form.exponential.squarings, level)
         if slopes is not None:
-            slopes = _masked(context, layout, slopes, saved.mask, saved.form.gain, level + 1)
+            slopes = _masked(context, layout, slopes, saved.mask, saved.form.gain, level)
             dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
-            weights = _masked(context, layout, weights, saved.mask, saved.form.gain, level + 1)
+            weights = _masked(context, layout, weights, saved.mask, saved.form.gain, level)
             dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, output + 1))
-    return operand_of(context, dq), operand_of(context, dk), operand_of(context, dv)
+    return dq, dk, dv
 
 
 def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:

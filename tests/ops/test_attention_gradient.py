@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_he.approximation import KernelExponential, kernel_exponential
+from hf_he.errors import ShapeError
 from hf_he.ops import attention, attention_gradient
 from hf_he.ops.operand import Operand
 
@@ -93,6 +94,37 @@ def test_without_a_mask_from_any_level_to_another(lab, level):
     kernel = kernel_exponential((-8.0, 0.0), 3)
     _, gradients = run(lab, tensors, do, None, 2, 0.3, kernel, output=3, level=level)
     check(lab, gradients, expected_gradients(tensors, do, None, 2, 0.3, kernel), output=3)
+
+
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_several_feature_blocks(lab, policy):
+    tensors, do = [0.5 * lab.states(48) for _ in range(3)], lab.states(48)
+    keep = torch.ones(lab.packing.sequences, lab.packing.tokens).double()
+    kernel = kernel_exponential((-8.0, 0.0), 4)
+    out, gradients = run(lab, tensors, do, keep, 6, 0.3, kernel, policy)
+    lab.check(out, attention.reference(*(heads_of(x, 6) for x in tensors), None, 0.3, kernel).reshape(do.shape))
+    for operand, expected in zip(gradients, expected_gradients(tensors, do, keep, 6, 0.3, kernel), strict=True):
+        assert (lab.decrypt(operand.ciphertext, 48) - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_heads_do_not_cross_blocks(lab):
+    operands = [lab.encrypt(lab.states(48)).operand for _ in range(3)]
+    with pytest.raises(ShapeError, match="cannot be shared out"):
+        attention_gradient.forward(lab.session, *operands, None, 4, 0.3, kernel_exponential((-8.0, 0.0), 4))
+
+
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_causal(lab, policy):
+    tensors, do, _ = problem(lab)
+    kernel, tokens = kernel_exponential((-8.0, 0.0), 4), lab.packing.tokens
+    operands = [lab.encrypt(x).operand for x in tensors]
+    levels = attention.AttentionLevels(query=3, value=2)
+    _, saved = attention_gradient.forward(lab.session, *operands, None, 2, 0.3, kernel, levels, policy, causal=True)
+    gradients = attention_gradient.backward(lab.session, saved, lab.encrypt(do).operand)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    past = torch.ones(tokens, tokens).tril()[None, None]
+    attention.reference(*(heads_of(x, 2) for x in leaves), past, 0.3, kernel).reshape(do.shape).backward(do)
+    check(lab, gradients, [x.grad for x in leaves])
 
 
 def test_padding_gets_no_gradient(lab):

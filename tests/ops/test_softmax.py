@@ -64,6 +64,18 @@ def test_without_a_mask(lab, form):
     torch.testing.assert_close(lab.decrypt(out, 16), exact(tensors, None, 2), atol=2e-2, rtol=0)
 
 
+def test_several_feature_blocks(make_lab, form):
+    lab = make_lab(levels=12)
+    tensors, do = [0.7 * lab.states(32) for _ in range(3)], lab.states(32)
+    out, saved = run(lab, tensors, None, 4, form)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    reference = softmax.reference(*(heads_of(x, 4) for x in leaves), None, SCALING, form).reshape(do.shape)
+    lab.check(out, reference.detach(), 1e-4)
+    reference.backward(do)
+    for operand, leaf in zip(softmax.backward(lab.session, saved, lab.encrypt(do).operand), leaves, strict=True):
+        assert (lab.decrypt(operand.ciphertext, 32) - leaf.grad).norm() <= 1e-3 * leaf.grad.norm()
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_what_is_needed(lab, form, needs):
     tensors, do, keep = problem(lab)
