@@ -33,7 +33,6 @@ from hf_he.ops.norm import inverse_root, inverse_root_depth
 
 if TYPE_CHECKING:
     from hf_he.finetuning.adapter import EncryptedAdapter
-    from hf_he.finetuning.protocol import TrainingSettings
 
 State = dict[str, Ciphertext]
 PlainState = dict[str, np.ndarray]
@@ -168,13 +167,6 @@ class AdamWHE:
 
 
 Optimizer = SGD | AdamWHE
-
-
-def make_optimizer(settings: TrainingSettings) -> Optimizer:
-    """The optimiser that a run's settings name."""
-    if settings.optimizer == "sgd":
-        return SGD(settings.momentum, settings.weight_decay, settings.divisor)
-    return AdamWHE(settings.beta1, settings.beta2, settings.eps, settings.divisor, settings.weight_decay)
 
 
 def combination(context: OperationContext, terms: list[tuple[Ciphertext, float]]) -> Ciphertext:
