@@ -37,14 +37,20 @@ __version__ = "0.1.0"
 _LAZY = {
     "Client": "hf_he.client",
     "EncryptedTensor": "hf_he.tensor",
+    "HELoraConfig": "hf_he.peft",
+    "GenerationClient": "hf_he.generation.client",
+    "GenerationServer": "hf_he.generation.server",
     "Server": "hf_he.server",
     "connect": "hf_he.remote",
+    "encrypted_generate": "hf_he.generation.generate",
     "get_backend": "hf_he.backends",
 }
 
 __all__ = [
     "Client",
     "EncryptedTensor",
+    "GenerationClient",
+    "GenerationServer",
     "HEBertConfig",
     "HEBertForMaskedLM",
     "HEBertForSequenceClassification",
@@ -60,6 +66,7 @@ __all__ = [
     "HELlamaForSequenceClassification",
     "HELlamaModel",
     "HELlamaPreTrainedModel",
+    "HELoraConfig",
     "RangeTracker",
     "Server",
     "check_attention",
@@ -68,6 +75,7 @@ __all__ = [
     "convert_bert",
     "convert_gpt_neox",
     "convert_llama",
+    "encrypted_generate",
     "get_backend",
     "save_hub_shim",
 ]
