@@ -8,25 +8,31 @@ nothing is decrypted, nothing falls back.
     hidden = session.hidden_state(embeddings_ciphertext)
     mask = session.attention_mask(mask_ciphertext)
     logits = model(embedding_output=hidden, attention_mask=mask).logits.ciphertext
+
+Encrypted weights (`session.weight`, `session.bias`) are leaves of torch's autograd: `loss.backward()` leaves encrypted gradients in their `.grad`
+(hf_he.autograd). Plaintext parameters are constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch.overrides import resolve_name
 
-from hf_he.backends.base import Ciphertext
-from hf_he.errors import ShapeError, UnsupportedEncryptedOperation
-from hf_he.ops import required_rotations
+from hf_he.backends.base import Ciphertext, HEBackend
+from hf_he.errors import ParameterError, ShapeError, UnsupportedEncryptedOperation
+from hf_he.ops import required_rotations, weights
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
+from hf_he.packing import Packing
+from hf_he.refresh import RefreshPolicy
 
 __all__ = ["EncryptedSession", "EncryptedTensor", "handler", "required_rotations", "state_operand", "state_tensor", "unsupported"]
 
 HIDDEN, POOLED, SPLIT, HEADS, MASK = "hidden state", "pooled state", "split heads", "attention heads", "attention mask"
+WEIGHT, BIAS, LABELS, LOSS, KEPT = "weight", "bias", "labels", "loss", "kept for the backward"
 
 _HANDLERS: dict[Any, Callable] = {}
 
@@ -44,19 +50,20 @@ def handler(*functions: Callable) -> Callable[[Callable], Callable]:
 
 class EncryptedTensor(torch.Tensor):
     """Logical shape [B, T, F] (a hidden state), [B, F] (its first token), [B, T, heads, head_dim] and [B, heads, T, head_dim] (the same
-    ciphertexts, split into heads) or [B, 1, T, T] (an attention mask), B being the packing's sequences."""
+    ciphertexts, split into heads), [B, 1, T, T] (an attention mask), [B] (labels) or [] (a loss), B being the packing's sequences; or the
+    shape of a trained parameter."""
 
     operand: Operand
     kind: str
 
     @staticmethod
-    def __new__(cls, operand: Operand, shape: tuple[int, ...], kind: str) -> EncryptedTensor:
-        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device="cpu", requires_grad=False)
+    def __new__(cls, operand: Operand, shape: tuple[int, ...], kind: str, requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> EncryptedTensor:
+        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu", requires_grad=requires_grad)
         tensor.operand = operand
         tensor.kind = kind
         return tensor
 
-    def __init__(self, operand: Operand, shape: tuple[int, ...], kind: str) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     @property
@@ -74,7 +81,8 @@ class EncryptedTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         with torch._C.DisableTorchFunctionSubclass():
-            return f"EncryptedTensor({self.kind} {tuple(self.shape)}, level {self.level}, {self.session.backend.name})"
+            level = "" if self.kind in (LOSS, KEPT) else f"level {self.level}, "
+            return f"EncryptedTensor({self.kind} {tuple(self.shape)}, {level}{self.session.backend.name})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -85,15 +93,57 @@ class EncryptedTensor(torch.Tensor):
         encrypted = _HANDLERS.get(func)
         if encrypted is None:
             raise unsupported(func)
-        return encrypted(*args, **kwargs)
+        result = encrypted(*args, **kwargs)
+        if torch.is_grad_enabled() and _detached(result) and any(t.requires_grad for t in _encrypted((*args, *kwargs.values()))):
+            raise unsupported(func, " that can be differentiated: train with operations that have a backward (hf_he.autograd), or use torch.no_grad()")
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        raise unsupported(func)
+        encrypted = _HANDLERS.get(func)
+        if encrypted is None:
+            raise unsupported(func)
+        return encrypted(*args, **(kwargs or {}))
+
+
+def _encrypted(values: Any) -> Iterator[EncryptedTensor]:
+    """The encrypted tensors among `values` and in the lists and tuples among them."""
+    for value in values:
+        if isinstance(value, EncryptedTensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _encrypted(value)
+
+
+def _detached(result: Any) -> bool:
+    return any(tensor.is_floating_point() and not tensor.requires_grad for tensor in _encrypted((result,)))
+
+
+class Labels(Operand):
+    """What a loss compares the logits with: `one_hot` and `weights` [1], both zero outside of the features < labels of first tokens."""
+
+    def __init__(self, context: OperationContext, features: int, one_hot: Ciphertext, weights: Ciphertext) -> None:
+        super().__init__(context, features, one_hot, pooled=True)
+        self.weights = weights
+
+    @property
+    def one_hot(self) -> Ciphertext:
+        return self.ciphertext
 
 
 class EncryptedSession(OperationContext):
-    """Backend, packing and refresh policy of one server; makes EncryptedTensors out of the ciphertexts it receives."""
+    """Backend, packing and refresh policy of one server; makes EncryptedTensors out of the ciphertexts it receives.
+
+    `activations` says what a forward that will be differentiated leaves in memory. "keep": what the backward multiplies with (per layer and
+    block of c features: q, k, v, kernel and slopes of attention, the centred state and two statistics of each LayerNorm, the wide
+    input of the activation). "recompute": the states between the layers' parts only; the rest is computed again from them.
+    """
+
+    def __init__(self, backend: HEBackend, packing: Packing, refresh: RefreshPolicy | None = None, activations: Literal["keep", "recompute"] = "keep") -> None:
+        if activations not in ("keep", "recompute"):
+            raise ParameterError(f"activations must be keep or recompute, got {activations!r}")
+        super().__init__(backend, packing, refresh)
+        self.activations = activations
 
     def hidden_state(self, ciphertext: Ciphertext, features: int | None = None) -> EncryptedTensor:
         """[blocks] ciphertexts from `pack_embeddings` as a hidden state [B, T, features] (default: all features of the blocks)."""
@@ -108,6 +158,28 @@ class EncryptedSession(OperationContext):
         if ciphertext.batch_shape != (1,):
             raise ShapeError(f"an attention mask is a batch of one ciphertext, got a batch of {ciphertext.batch_shape}")
         return EncryptedTensor(Operand(self, packing.features, ciphertext), (packing.sequences, 1, packing.tokens, packing.tokens), MASK)
+
+    def weight(self, ciphertext: Ciphertext, shape: tuple[int, int]) -> EncryptedTensor:
+        """[vectors] periodic ciphertexts as a trained matrix [out, in], a leaf of autograd: its rows or columns, see `hf_he.ops.weights`."""
+        expected = (weights.vectors(shape, self.packing),)
+        if ciphertext.batch_shape != expected:
+            raise ShapeError(f"a trained matrix of shape {tuple(shape)} is {expected[0]} ciphertexts, got a batch of {ciphertext.batch_shape}")
+        return EncryptedTensor(Operand(self, shape[1], ciphertext), tuple(shape), WEIGHT, requires_grad=True)
+
+    def bias(self, ciphertext: Ciphertext, features: int) -> EncryptedTensor:
+        """[blocks] periodic ciphertexts as a trained vector [features], a leaf of autograd."""
+        if ciphertext.batch_shape != (self.packing.blocks(features),):
+            raise ShapeError(f"a bias of {features} features is {self.packing.blocks(features)} ciphertexts, got a batch of {ciphertext.batch_shape}")
+        return EncryptedTensor(Operand(self, features, ciphertext), (features,), BIAS, requires_grad=True)
+
+    def labels(self, targets: Ciphertext, sequence_weights: Ciphertext, num_labels: int, dtype: torch.dtype = torch.int64) -> EncryptedTensor:
+        """Labels [B], or [B, num_labels] numbers to predict (dtype float32): [1] with a one-hot vector or the numbers on each sequence's first
+        token, and [1] with the sequence's weight in the same places; zero elsewhere."""
+        for ciphertext in (targets, sequence_weights):
+            if ciphertext.batch_shape != (1,) or num_labels > self.packing.features:
+                raise ShapeError(f"labels are one ciphertext of at most {self.packing.features} features, got {num_labels} and {ciphertext.batch_shape}")
+        shape = (self.packing.sequences,) if dtype is torch.int64 else (self.packing.sequences, num_labels)
+        return EncryptedTensor(Labels(self, num_labels, targets, sequence_weights), shape, LABELS, dtype=dtype)
 
 
 def state_tensor(operand: Operand) -> EncryptedTensor:
@@ -134,16 +206,12 @@ def state_operand(tensor: Any, func: Callable) -> Operand:
 
 
 _METADATA = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.device.__get__,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.requires_grad.__get__,
-    torch.Tensor.grad_fn.__get__,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "grad", "is_leaf", "is_sparse", "is_quantized", "_version")
+    ),
+    *(getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad")),
+    *(getattr(torch.Tensor, name) for name in ("is_floating_point", "is_complex", "size", "dim", "numel", "requires_grad_", "retain_grad", "register_hook")),
 }
 
 import hf_he.handlers  # noqa: E402, F401

@@ -245,7 +245,6 @@ UNSUPPORTED = {
     "odd reshape": lambda x: x.reshape(8, 4, 32),
     "to another dtype": lambda x: x.double(),
     "to another device": lambda x: x.to("meta"),
-    "detach": lambda x: x.detach(),
     "clone": torch.clone,
     "deep copy": copy.deepcopy,
     "dropout in training": lambda x: F.dropout(x, 0.5, training=True),

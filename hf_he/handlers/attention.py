@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from hf_he.approximation import KernelExponential
+from hf_he import autograd
+from hf_he.approximation import KernelExponential, Polynomial, Reciprocal
 from hf_he.attention import gaussian_kernel_attention, power_softmax_attention
-from hf_he.ops import attention
+from hf_he.backends.base import Ciphertext
+from hf_he.handlers import cached
+from hf_he.ops import attention, power_softmax
 from hf_he.ops.operand import Operand
 from hf_he.tensor import HEADS, MASK, SPLIT, EncryptedTensor, handler, unsupported
 
@@ -28,26 +33,75 @@ def _attention(
     approximation = getattr(module, "kernel_approximation", None)
     if not isinstance(approximation, KernelExponential):
         raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
-    if dropout or module.training:
-        raise unsupported(name, " while training: call model.eval()")
-    if getattr(module, "is_causal", False):
-        raise unsupported(name, " in a causal model yet: only bidirectional attention has one")
+    if cached.is_cached(key):
+        return cached.attend(name, module, query, key, value, scaling, approximation)
+    operands, mask = attention_operands(name, module, query, key, value, attention_mask, dropout)
+    batch, heads, tokens, head_dim = query.shape
+    context, causal = query.session, getattr(module, "is_causal", False)
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    if not causal and any(tensor.requires_grad for tensor in (query, key, value)):
+        return autograd.call(autograd.Attention, query, key, value, attention_mask, scaling, approximation, context.levels(module)), None
+    levels = context.levels(module) or attention.default_levels(context, approximation.squarings, causal)
+    out = attention.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
+    return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
+
+
+@handler(power_softmax_attention)
+def _power_softmax(
+    module: torch.nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[EncryptedTensor, None]:
+    name = power_softmax_attention
+    approximation = getattr(module, "kernel_approximation", None)
+    if not isinstance(approximation, Reciprocal | Polynomial):
+        raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
+    if cached.is_cached(key):
+        return cached.attend(name, module, query, key, value, scaling, approximation, power_softmax_form(module.config))
+    operands, mask = attention_operands(name, module, query, key, value, attention_mask, dropout)
+    batch, heads, tokens, head_dim = query.shape
+    context, form = query.session, power_softmax_form(module.config)
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", False)
+    out = power_softmax.encrypted(context, *operands, mask, heads, scaling, form, approximation, causal, context.levels(module))
+    return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
+
+
+def power_softmax_form(config: Any) -> power_softmax.PowerSoftmax:
+    """What a model's config says of its power softmax."""
+    return power_softmax.PowerSoftmax(
+        config.power_softmax_degree,
+        config.power_softmax_eps,
+        config.power_softmax_shift,
+        config.power_softmax_divisor,
+        config.power_softmax_length_agnostic,
+    )
+
+
+def attention_operands(
+    name: Callable, module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float
+) -> tuple[tuple[Operand, Operand, Operand], Ciphertext | None]:
+    """The operands of query, key and value, grouped keys and values repeated by their projections, and the mask's ciphertext."""
+    if dropout:
+        raise unsupported(name, " while training: set the model's dropout probabilities to 0, or call model.eval()")
     for tensor in (query, key, value):
         if not isinstance(tensor, EncryptedTensor) or tensor.kind != HEADS:
             raise unsupported(name, " of anything but encrypted queries, keys and values [B, heads, T, head_dim]")
     if attention_mask is not None and (not isinstance(attention_mask, EncryptedTensor) or attention_mask.kind != MASK):
         raise unsupported(name, " with a plaintext mask: make it with session.attention_mask(ciphertext)")
-    batch, heads, tokens, head_dim = query.shape
-    if key.shape != query.shape:
-        raise unsupported(name, " with grouped keys and values yet")
-    context = query.session
     mask = None if attention_mask is None else attention_mask.ciphertext
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    levels = context.levels(module) or attention.DEFAULT_LEVELS
-    out = attention.encrypted(context, query.operand, key.operand, value.operand, mask, heads, scaling, approximation, levels)
-    return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
+    return (query.operand, _repeated(key, query.shape[1]), _repeated(value, query.shape[1])), mask
 
 
-@handler(power_softmax_attention)
-def _power_softmax(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    raise unsupported(power_softmax_attention, " yet: convert the model to attention_kernel='gaussian_kernel'")
+def _repeated(tensor: EncryptedTensor, heads: int) -> Operand:
+    """Each head of `tensor` for heads / its own heads queries."""
+    _, own, _, head_dim = tensor.shape
+    if own == heads:
+        return tensor.operand
+    rows = np.repeat(np.arange(own * head_dim).reshape(own, head_dim), heads // own, axis=0)
+    return tensor.operand.select(rows.reshape(-1))

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hf_he.tensor import HEADS, HIDDEN, SPLIT, EncryptedTensor, handler, state_tensor, unsupported
+from hf_he import autograd
+from hf_he.tensor import HEADS, HIDDEN, LABELS, POOLED, SPLIT, EncryptedTensor, handler, unsupported
 
 
 @handler(torch.reshape, torch.Tensor.reshape, torch.Tensor.view)
@@ -21,9 +22,9 @@ def _reshape(tensor: EncryptedTensor, *shape: Any) -> EncryptedTensor:
         return tensor
     if tensor.kind in (HIDDEN, SPLIT) and sizes[:2] == [packing.sequences, tensor.session.tokens] and torch.Size(sizes).numel() == total:
         if len(sizes) == 4:
-            return EncryptedTensor(tensor.operand, tuple(sizes), SPLIT)
+            return autograd.call(autograd.Reshape, tensor, tuple(sizes), SPLIT)
         if sizes[2:] == [features]:
-            return state_tensor(tensor.operand)
+            return autograd.call(autograd.Reshape, tensor, tuple(sizes), HIDDEN)
     raise unsupported(torch.Tensor.reshape, f" from {tuple(tensor.shape)} to {tuple(sizes)}: only heads can be split and merged")
 
 
@@ -32,7 +33,17 @@ def _transpose(tensor: EncryptedTensor, dim0: int, dim1: int) -> EncryptedTensor
     if tensor.kind not in (SPLIT, HEADS) or {dim0 % 4, dim1 % 4} != {1, 2}:
         raise unsupported(torch.Tensor.transpose, f"({dim0}, {dim1}) on {tensor.kind}: only tokens and heads can be swapped")
     batch, first, second, width = tensor.shape
-    return EncryptedTensor(tensor.operand, (batch, second, first, width), HEADS if tensor.kind == SPLIT else SPLIT)
+    return autograd.call(autograd.Reshape, tensor, (batch, second, first, width), HEADS if tensor.kind == SPLIT else SPLIT)
+
+
+@handler(torch.squeeze, torch.Tensor.squeeze)
+def _squeeze(tensor: EncryptedTensor) -> EncryptedTensor:
+    if tensor.kind not in (POOLED, LABELS):
+        raise unsupported(torch.squeeze, f" on {tensor.kind}: only of logits and labels")
+    shape = tuple(size for size in tensor.shape if size != 1)
+    if tensor.kind == LABELS:
+        return EncryptedTensor(tensor.operand, shape, LABELS, dtype=tensor.dtype)
+    return autograd.call(autograd.Reshape, tensor, shape, POOLED)
 
 
 @handler(torch.Tensor.contiguous)

@@ -6,13 +6,16 @@ import torch
 
 from hf_he.approximation import Polynomial
 from hf_he.backends.base import Ciphertext
-from hf_he.ops import polynomial
+from hf_he.ops import arithmetic, polynomial
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import ActivationLevels
 
 DEFAULT_LEVELS = ActivationLevels()
+
+SLOPE_LEVEL = 2
+"""Level of the derivative where it meets the gradient: the product has one level for a linear map."""
 
 
 def reference(hidden_states: torch.Tensor, approximation: Polynomial) -> torch.Tensor:
@@ -26,18 +29,41 @@ def encrypted(context: OperationContext, operand: Operand, approximation: Polyno
     A waiting linear map is computed so that the result is at levels.output: by default 1, so that the next linear map, which usually
     narrows the state again, runs before a refresh. Padding features, and other tokens of a pooled operand, enter as 0.
     """
+    return evaluated(context, mapped(context, operand, approximation, levels.output), approximation)
+
+
+def mapped(context: OperationContext, operand: Operand, approximation: Polynomial, output: int) -> Ciphertext:
+    """The input on [-1, 1], `output` levels above the depth of the polynomial if the parameters have that many, never below it."""
     low, high = approximation.interval
     gain, shift = 2.0 / (high - low), -(high + low) / (high - low)
     depth = polynomial.depth(approximation.coefficients)
     if isinstance(operand, WaitingLinear) and operand.waiting:
-        level = min(depth + levels.output, context.top - 1)
+        level = min(depth + output, context.top - 1)
         operand.source.ensure(level + 1)
-        mapped = operand.compute(level, gain, shift)
+        ct = operand.compute(level, gain, shift)
     else:
-        mapped = _mapped(context, operand, gain, shift, min(depth + levels.output, context.top))
-    mapped = context.ensure_level(mapped, depth)
+        ct = _mapped(context, operand, gain, shift, min(depth + output, context.top))
+    return context.ensure_level(ct, depth)
+
+
+def evaluated(context: OperationContext, ct: Ciphertext, approximation: Polynomial) -> Ciphertext:
+    """The polynomial of a mapped input."""
     with context.backend.log.measure("activation"):
-        return polynomial.evaluate(context.backend, mapped, approximation.coefficients)
+        return polynomial.evaluate(context.backend, ct, approximation.coefficients)
+
+
+def gradient(context: OperationContext, ct: Ciphertext, approximation: Polynomial, upstream: Operand) -> Operand:
+    """upstream * p'(x) for a mapped input `ct` at SLOPE_LEVEL + depth or higher: the derivative of the very polynomial.
+
+    The product is at level 1, so that the linear map before the activation can be passed before a refresh.
+    """
+    coefficients = approximation.derivative_coefficients
+    depth = polynomial.depth(coefficients)
+    level = min(SLOPE_LEVEL, context.top - depth)
+    ct = context.backend.drop_level(context.ensure_level(ct, depth + level), depth + level)
+    with context.backend.log.measure("activation"):
+        slope = polynomial.evaluate(context.backend, ct, coefficients)
+    return arithmetic.scaled(upstream, Operand(context, upstream.features, slope))
 
 
 def _mapped(context: OperationContext, operand: Operand, gain: float, shift: float, depth: int) -> Ciphertext:

@@ -57,6 +57,16 @@ def multiply(a: Operand, b: Operand) -> Operand:
         return Operand(a.context, a.features, a.context.product(a.at(level), b.at(level)), a.pooled)
 
 
+def scaled(gradient: Operand, factor: Operand) -> Operand:
+    """gradient * factor at level 1 where both can have two levels: what meets the gradient of a product, as low as it can be."""
+    context = gradient.context
+    level = min(2, context.top)
+    gradient.ensure(level)
+    factor.ensure(level)
+    with context.backend.log.measure("activation"):
+        return Operand(context, gradient.features, context.product(gradient.at(level), factor.at(level)), gradient.pooled)
+
+
 def add_number(context: OperationContext, operand: Operand, number: float) -> Ciphertext:
     """operand + number in every feature it holds; padding features, and other tokens of a pooled operand, stay 0. No level."""
     packing, ct = context.packing, operand.ciphertext

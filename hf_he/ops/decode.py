@@ -11,7 +11,6 @@ are cyclic: the result is replicated again. All other slots are exactly 0 or idl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,23 +21,26 @@ from hf_he.errors import ShapeError
 from hf_he.ops import reduce
 from hf_he.ops.context import OperationContext
 from hf_he.ops.goldschmidt import evaluate_reciprocal
+from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
+from hf_he.ops.power_softmax import PowerSoftmax, power
 from hf_he.packing import Packing
 
 CACHE_LEVELS = AttentionLevels(query=2, value=1)
 """Keys and values are kept at the lowest levels that work; reading them costs none of these, and neither does appending."""
 
 
-@dataclass(frozen=True)
-class PowerSoftmax:
-    """x^power / (mean_eps + mean x^power) with x = score + shift: the mean is over each sequence's valid keys. `eps` is added to the mean
-    (`length_agnostic`) or to the sum; with a `divisor` it takes the place of eps + sum (of the mean's denominator, if length-agnostic)."""
+class CachedStates(Operand):
+    """Keys or values of a cache: `chunks` of unbatched ciphertexts, 0 where `valid` [chunks, T, B] is 0."""
 
-    power: int
-    eps: float
-    shift: float = 0.0
-    divisor: float | None = None
-    length_agnostic: bool = False
+    def __init__(self, context: OperationContext, features: int, chunks: tuple[Ciphertext, ...], valid: np.ndarray) -> None:
+        super().__init__(context, features)
+        self.chunks = chunks
+        self.valid = valid
+
+    @property
+    def level(self) -> int:
+        return self.chunks[0].level
 
 
 def reference(
@@ -126,21 +128,21 @@ def _power_softmax(
 
     The scores carry (gain / length)^(1 / p), so that the sum of their powers is the mean already mapped towards [-1, 1].
     """
-    backend, power = context.backend, softmax.power
+    backend = context.backend
     length = np.maximum(valid.sum((0, 1)), 1.0)
     if softmax.divisor is not None:
         gain = 1.0 / (softmax.divisor * (length if softmax.length_agnostic else np.ones_like(length)))
     else:
         low, high = approximation.interval
         gain = 2.0 / (high - low) / length
-    root = gain ** (1.0 / power)
+    root = gain ** (1.0 / softmax.power)
     level += _packed(valid)
-    depth = (power - 1).bit_length()
+    depth = softmax.depth
     x = _scores(context, products, scaling * root * valid, softmax.shift * root * valid, head_dim)
     if softmax.divisor is not None:
-        powers = _power(context, _prepared(context, x, level + depth, depth), power)
+        powers = power(context, _prepared(context, x, level + depth, depth), softmax.power)
         return _unpacked(context, _prepared(context, powers, level, level), valid, head_dim, level)
-    powers = _power(context, _prepared(context, x, context.top, depth), power)
+    powers = power(context, _prepared(context, x, context.top, depth), softmax.power)
     mean = reduce.sum_lanes(context, powers)
     if _packed(valid):
         mean = reduce.sum_features(context, mean, head_dim)
@@ -198,18 +200,6 @@ def _prepared(context: OperationContext, x: Ciphertext, wanted: int, least: int)
     return context.backend.match_level(x, min(x.level, wanted))
 
 
-def _power(context: OperationContext, x: Ciphertext, power: int) -> Ciphertext:
-    """x^power for an even power, ceil(log2(power)) levels."""
-    result = None
-    while True:
-        if power & 1:
-            result = x if result is None else context.product(context.backend.match_level(result, x.level), x)
-        power >>= 1
-        if not power:
-            return result
-        x = context.square(x)
-
-
 def _encoded(context: OperationContext, values: np.ndarray, head_dim: int, level: int, scale: float):
     """[*, T, B, 1, head_dim] of one head for all heads; of this step only, so it is not kept."""
     packing = context.packing
@@ -220,6 +210,13 @@ def _encoded(context: OperationContext, values: np.ndarray, head_dim: int, level
 def lane_mask(lanes: np.ndarray, packing: Packing) -> np.ndarray:
     """[*, T, B] of 0/1 over all features: [*, slots]."""
     return np.repeat(lanes[..., None], packing.features, axis=-1).reshape(*lanes.shape[:-2], packing.slots).astype(np.float64)
+
+
+def at_level(operand: Operand, level: int) -> Ciphertext:
+    """The one block of `operand` at `level`, unbatched; refreshed, or computed higher, where it has fewer levels."""
+    if operand.level < level:
+        operand.ensure(level)
+    return operand.context.backend.take(operand.at(level), 0)
 
 
 def append(context: OperationContext, cached: Ciphertext, new: Ciphertext, lanes: np.ndarray) -> Ciphertext:

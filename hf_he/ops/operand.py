@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hf_he.backends.base import Ciphertext
@@ -72,3 +74,27 @@ class Operand:
     def forget_babies(self) -> None:
         """Free the kept rotations, hundreds of megabytes at N = 2^16; another linear map would compute them again."""
         self._babies.clear()
+
+
+class Together(Operand):
+    """One of several computed operands that are refreshed in one batch as soon as one of them must be: see `together`."""
+
+    def __init__(self, operand: Operand, group: list[Operand]) -> None:
+        super().__init__(operand.context, operand.features, operand.ciphertext, operand.pooled)
+        self._group = group
+
+    def ensure(self, depth: int) -> Ciphertext:
+        if self.level < depth:
+            fresh = self.context.ensure_levels([(member.ciphertext, depth) for member in self._group])
+            for member, ct in zip(self._group, fresh, strict=True):
+                member._ciphertext = ct
+                member.forget_babies()
+        return self.ciphertext
+
+
+def together(operands: Sequence[Operand | None]) -> list[Operand | None]:
+    """Computed operands, those that are not None refreshed together from now on."""
+    group: list[Operand] = []
+    members = [None if operand is None else Together(operand, group) for operand in operands]
+    group.extend(member for member in members if member is not None)
+    return members

@@ -102,6 +102,28 @@ class WaitingToken(Operand):
         return super().ciphertext
 
 
+class Unpooled(Operand):
+    """A pooled operand as a hidden state whose other tokens are zero: the gradient of the first token. No level."""
+
+    def __init__(self, source: Operand) -> None:
+        super().__init__(source.context, source.features)
+        self._source = source
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        return self._source.ciphertext
+
+    @property
+    def level(self) -> int:
+        return self._source.level
+
+    def ensure(self, depth: int) -> Ciphertext:
+        return self._source.ensure(depth)
+
+    def at_least(self, level: int) -> Ciphertext:
+        return self._source.at_least(level)
+
+
 def encrypted(context: OperationContext, ct: Ciphertext) -> Ciphertext:
     """The first token; every other token becomes zero and so stays inside the interval of the activation that follows. One level."""
     with context.backend.log.measure("linear"):

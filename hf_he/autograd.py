@@ -1,0 +1,306 @@
+"""Differentiable operations on EncryptedTensors: one torch.autograd.Function each, whose backward works on encrypted gradients.
+
+Only encrypted weights are leaves, so torch's engine stops at the lowest adapter: below it nothing requires a gradient, and what an operation
+below it computes is what inference computes. Linear maps and sums of gradients wait for their consumers as those of the forward do. What a
+backward needs of its forward is saved with `ctx.save_for_backward`, so that gradient checkpointing (`GradientCheckpointingLayer`) works too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_he.approximation import InverseSquareRoot, KernelExponential, Polynomial
+from hf_he.ops import activation, arithmetic, attention_gradient, norm, norm_gradient, reduce, weights
+from hf_he.ops.context import OperationContext
+from hf_he.ops.linear import WaitingLinear
+from hf_he.ops.operand import Operand, together
+from hf_he.ops.placement import ActivationLevels, AttentionLevels, NormLevels
+from hf_he.tensor import BIAS, KEPT, LOSS, SPLIT, WEIGHT, EncryptedTensor, Labels, state_tensor
+
+Gradient = EncryptedTensor | None
+
+
+class Kept(Operand):
+    """Anything that a backward needs and that is not an operand of its forward."""
+
+    def __init__(self, context: OperationContext, value: Any) -> None:
+        super().__init__(context, 0)
+        self.value = value
+
+
+class _Untracked:
+    """Stands for the context of a Function whose result nobody will differentiate."""
+
+    def __init__(self, inputs: int) -> None:
+        self.needs_input_grad = (False,) * inputs
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        pass
+
+
+def call(function: type[torch.autograd.Function], *inputs: Any) -> EncryptedTensor:
+    """`function.apply(*inputs)` if an input requires a gradient, otherwise its forward alone: what inference computes."""
+    if torch.is_grad_enabled() and any(isinstance(i, EncryptedTensor) and i.requires_grad for i in inputs):
+        return function.apply(*inputs)
+    return function.forward(_Untracked(len(inputs)), *inputs)
+
+
+def kept(context: OperationContext, value: Any) -> EncryptedTensor:
+    return EncryptedTensor(Kept(context, value), (), KEPT)
+
+
+def _keeps(context: OperationContext) -> bool:
+    return getattr(context, "activations", "keep") == "keep"
+
+
+def _like(operand: Operand, ct: Any) -> EncryptedTensor:
+    return state_tensor(Operand(operand.context, operand.features, ct, operand.pooled))
+
+
+class Linear(torch.autograd.Function):
+    """A plaintext `layer` (weight, bias); dx = weight^T dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, layer: tuple[torch.Tensor, torch.Tensor | None]) -> EncryptedTensor:
+        ctx.weight = layer[0]
+        return state_tensor(WaitingLinear(x.operand, *layer))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        weight = gradient.session.derived(ctx.weight, "transposed", lambda w: w.detach().T)
+        return state_tensor(WaitingLinear(gradient.operand, weight, None)), None
+
+
+class EncryptedLinear(torch.autograd.Function):
+    """A trained matrix, by rows or by columns (hf_he.ops.weights)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, weight: EncryptedTensor) -> EncryptedTensor:
+        shape, source = tuple(weight.shape), x.operand
+        ctx.shape, ctx.pooled = shape, source.pooled
+        if weights.orientation(shape) == "rows":
+            ctx.save_for_backward(x, weight)
+            return state_tensor(weights.WaitingRows(source, weight.operand, shape[0]))
+        spread = weights.Spread(source)
+        ctx.save_for_backward(kept(source.context, spread), weight)
+        return state_tensor(weights.WaitingColumns(spread, weight.operand, shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
+        (out_features, in_features), (saved, weight) = ctx.shape, ctx.saved_tensors
+        dx = dw = None
+        if weights.orientation(ctx.shape) == "rows":
+            numbers, state, n = weights.Spread(gradient.operand), saved.operand, out_features
+            if ctx.needs_input_grad[0]:
+                dx = weights.WaitingColumns(numbers, weight.operand, in_features)
+        else:
+            numbers, state, n = saved.operand.value, gradient.operand, in_features
+            if ctx.needs_input_grad[0]:
+                dx = weights.WaitingRows(state, weight.operand, n)
+        if ctx.needs_input_grad[1]:
+            if isinstance(dx, weights.WaitingRows):
+                state.ensure(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
+            product = weights.vector_gradient(numbers, state, n, in_features)
+            dw = EncryptedTensor(product, ctx.shape, WEIGHT)
+        return None if dx is None else state_tensor(dx), dw
+
+
+class AddBias(torch.autograd.Function):
+    """A trained bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, bias: EncryptedTensor) -> EncryptedTensor:
+        return state_tensor(weights.BiasSum(x.operand, bias.operand))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
+        db = EncryptedTensor(weights.bias_gradient(gradient.operand), (gradient.operand.features,), BIAS) if ctx.needs_input_grad[1] else None
+        return gradient if ctx.needs_input_grad[0] else None, db
+
+
+class Sum(torch.autograd.Function):
+    """a + b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: EncryptedTensor, b: EncryptedTensor) -> EncryptedTensor:
+        x, y = a.operand, b.operand
+        adapted = any(isinstance(operand, weights.WaitingColumns) for operand in (x, y))
+        return state_tensor(weights.WaitingAdaptation(x, y) if adapted else arithmetic.WaitingSum(x, y))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
+        return tuple(gradient if needed else None for needed in ctx.needs_input_grad)
+
+
+class Product(torch.autograd.Function):
+    """a * b of two states."""
+
+    @staticmethod
+    def forward(ctx: Any, a: EncryptedTensor, b: EncryptedTensor) -> EncryptedTensor:
+        ctx.save_for_backward(a, b)
+        return state_tensor(arithmetic.multiply(a.operand, b.operand))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
+        a, b = ctx.saved_tensors
+        others = (b, a)
+        return tuple(
+            state_tensor(arithmetic.scaled(gradient.operand, other.operand)) if needed else None
+            for needed, other in zip(ctx.needs_input_grad, others, strict=True)
+        )
+
+
+class AddNumber(torch.autograd.Function):
+    """x + number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, number: float) -> EncryptedTensor:
+        return _like(x.operand, arithmetic.add_number(x.session, x.operand, number))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        return gradient, None
+
+
+class MultiplyNumber(torch.autograd.Function):
+    """x * number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, number: float) -> EncryptedTensor:
+        ctx.number = number
+        return _like(x.operand, arithmetic.multiply_number(x.session, x.operand, number))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        return _like(gradient.operand, arithmetic.multiply_number(gradient.session, gradient.operand, ctx.number)), None
+
+
+class Activation(torch.autograd.Function):
+    """A polynomial of every feature. Kept: its input on [-1, 1], high enough for the derivative; or that is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, approximation: Polynomial, levels: ActivationLevels) -> EncryptedTensor:
+        operand, ctx.approximation = x.operand, approximation
+        if not ctx.needs_input_grad[0] or not _keeps(operand.context):
+            ctx.save_for_backward(x)
+            return _like(operand, activation.encrypted(operand.context, operand, approximation, levels))
+        mapped = activation.mapped(operand.context, operand, approximation, max(levels.output, activation.SLOPE_LEVEL))
+        ctx.save_for_backward(kept(operand.context, mapped))
+        return _like(operand, activation.evaluated(operand.context, mapped, approximation))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None, None]:
+        (saved,), context = ctx.saved_tensors, gradient.session
+        if saved.kind == KEPT:
+            mapped = saved.operand.value
+        else:
+            mapped = activation.mapped(context, saved.operand, ctx.approximation, activation.SLOPE_LEVEL)
+        return state_tensor(activation.gradient(context, mapped, ctx.approximation, gradient.operand)), None, None
+
+
+class Norm(torch.autograd.Function):
+    """LayerNorm or RMSNorm: `layer` = (weight, bias, eps, approximation, levels, centre). Kept: its statistics; or the input, for computing
+    them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, layer: tuple[torch.Tensor, torch.Tensor | None, float, InverseSquareRoot, NormLevels | None, bool]) -> Any:
+        keep = ctx.needs_input_grad[0] and _keeps(x.session)
+        ctx.layer = layer
+        out = norm.WaitingNorm(x.operand, *layer, keep=keep)
+        ctx.save_for_backward(kept(x.session, out.statistics) if keep else x)
+        return state_tensor(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        weight, _, eps, approximation, _, centre = ctx.layer
+        (saved,) = ctx.saved_tensors
+        if saved.kind == KEPT:
+            statistics = saved.operand.value()
+        else:
+            statistics = norm.statistics_of(gradient.session, saved.operand, eps, approximation, NormLevels(0, 0), centre, high=True)
+        return state_tensor(norm_gradient.WaitingNormGradient(gradient.operand, statistics, weight, approximation, centre)), None
+
+
+class FirstToken(torch.autograd.Function):
+    """The first token of a hidden state; its gradient is zero on all others already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor) -> EncryptedTensor:
+        return state_tensor(reduce.WaitingToken(x.operand))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> Gradient:
+        return state_tensor(reduce.Unpooled(gradient.operand))
+
+
+class Reshape(torch.autograd.Function):
+    """The same ciphertexts under another shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, shape: tuple[int, ...], kind: str) -> EncryptedTensor:
+        ctx.source = (tuple(x.shape), x.kind)
+        return EncryptedTensor(x.operand, shape, kind)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None, None]:
+        return EncryptedTensor(gradient.operand, *ctx.source), None, None
+
+
+class Attention(torch.autograd.Function):
+    """Gaussian-kernel attention of queries, keys and values [B, heads, T, head_dim]; see hf_he.ops.attention_gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: EncryptedTensor,
+        key: EncryptedTensor,
+        value: EncryptedTensor,
+        mask: EncryptedTensor | None,
+        scaling: float,
+        approximation: KernelExponential,
+        levels: AttentionLevels | None,
+    ) -> EncryptedTensor:
+        context, (batch, heads, tokens, head_dim) = query.session, query.shape
+        out, saved = attention_gradient.forward(
+            context,
+            query.operand,
+            key.operand,
+            value.operand,
+            None if mask is None else mask.ciphertext,
+            heads,
+            scaling,
+            approximation,
+            levels or attention_gradient.TRAINING_LEVELS,
+            "keep" if _keeps(context) else "recompute",
+        )
+        ctx.save_for_backward(kept(context, saved))
+        return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, ...]:
+        (saved,) = ctx.saved_tensors
+        batch, tokens, heads, head_dim = gradient.shape
+        needs = ctx.needs_input_grad[:3]
+        found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs))
+        shape = (batch, heads, tokens, head_dim)
+        return (*(None if operand is None else EncryptedTensor(operand, shape, "attention heads") for operand in found), None, None, None, None)
+
+
+class Loss(torch.autograd.Function):
+    """A loss of encrypted logits and labels whose value nobody computes; `gradient`: what it is in the logits, summed over the sequences."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: EncryptedTensor, labels: EncryptedTensor, gradient: Callable[[OperationContext, Operand, Labels], Operand]
+    ) -> EncryptedTensor:
+        ctx.gradient, ctx.source = gradient, (tuple(logits.shape), logits.kind)
+        ctx.save_for_backward(logits, labels)
+        return EncryptedTensor(Kept(logits.session, None), (), LOSS)
+
+    @staticmethod
+    def backward(ctx: Any, seed: torch.Tensor) -> tuple[Gradient, None, None]:
+        logits, labels = ctx.saved_tensors
+        return EncryptedTensor(ctx.gradient(logits.session, logits.operand, labels.operand), *ctx.source), None, None
