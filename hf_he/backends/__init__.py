@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "native": "hf_he.backends.native:NativeBackend",
     "simulator": "hf_he.backends.simulator:SimulatorBackend",
+    "fhelium": "hf_he.backends.fhelium:FheliumBackend",
 }
 DEFAULT_BACKEND = "native"
 

@@ -1,0 +1,378 @@
+"""The FHElium backend: CKKS residues as int64 torch tensors on a CPU or a CUDA device.
+
+FHElium (MIT) is by the author of tiberate, the maintained fork of Liberate.FHE. Its values are batched, its scales explicit and its moduli ours, so
+levels, scales and results agree with every other backend. It counts depth from the top: depth d is level max_level - d. Payloads
+stay in NTT domain and Montgomery form; automorphisms pass through coefficients, which is where FHElium switches keys.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_he.backends import fhelium_files as files
+from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
+from hf_he.backends.keys import SecretKeyBase, new_key_id, refuse_secret_key
+from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
+from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnServerError
+
+SUPPORTED_VERSION = "0.30"
+SPLIT_BITS = 25
+"""Residues are split here for exact float64 matrix products."""
+
+EXACT = 2**53
+
+
+class FheliumSecretKey(SecretKeyBase):
+    """A secret polynomial, and the public key that encrypts for it."""
+
+    def __init__(self, key_id: str, fingerprint: str, secret: Any, public: Any) -> None:
+        super().__init__(key_id, fingerprint)
+        self.secret = secret
+        self.public = public
+
+
+@dataclass(frozen=True, eq=False)
+class FheliumPublicKey:
+    key_id: str
+    fingerprint: str
+    public: Any = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class FheliumKeys:
+    """Relinearisation, rotations by the contract's steps, conjugation."""
+
+    fingerprint: str
+    relinearization: Any = field(repr=False)
+    rotations: dict[int, Any] = field(repr=False)
+    conjugation: Any = field(repr=False, default=None)
+
+
+class FheliumBackend(HEBackend):
+    """HEBackend on FHElium 0.30; `device` is "cpu" or a CUDA device (default: CUDA where torch finds one).
+
+    Payloads are int64 tensors [components, *batch, limbs, N]. Raises BackendUnavailableError for a device that torch does not have.
+    """
+
+    name = "fhelium"
+
+    def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
+        super().__init__(parameters)
+        from fhelium import CkksConfig
+        from fhelium.eager import Engine
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendUnavailableError("torch finds no CUDA device: install a CUDA build of torch, or use --device cpu")
+        chain = tuple(reversed(parameters.moduli))
+        config = CkksConfig(
+            default_scale=2.0**parameters.scale_bits,
+            q_depth_groups=tuple((q,) for q in chain),
+            p_moduli=parameters.special_moduli,
+            logN=parameters.ring_degree.bit_length() - 1,
+            sigma=ERROR_STANDARD_DEVIATION,
+            enforce_security_budget=not parameters.insecure,
+        )
+        self._moduli = torch.tensor(chain, dtype=torch.int64, device=self.device)
+        self._engine = Engine(config)
+
+    @classmethod
+    def availability(cls) -> tuple[bool, str]:
+        if find_spec("fhelium") is None:
+            wanted = "Python 3.12 or newer and " if sys.version_info < (3, 12) else ""
+            return False, f"FHElium is not installed: it needs {wanted}a C++ compiler, `make test-fhelium` builds an environment with it"
+        try:
+            found = version("fhelium")
+        except PackageNotFoundError:
+            return False, "the module fhelium belongs to no installed package: install fhelium 0.30"
+        if not found.startswith(f"{SUPPORTED_VERSION}."):
+            return False, f"FHElium {found} is installed, this adapter is written for {SUPPORTED_VERSION}: pip install 'fhelium=={SUPPORTED_VERSION}.*'"
+        return True, f"FHElium {found}"
+
+    # ---- keys ----
+    def generate_secret_key(self) -> FheliumSecretKey:
+        secret = self._engine.create_secret_key(device=self.device)
+        return FheliumSecretKey(new_key_id(), self.parameters.fingerprint, secret, self._engine.create_public_key(secret, device=self.device))
+
+    def generate_public_key(self, secret_key: FheliumSecretKey) -> FheliumPublicKey:
+        self._check_fingerprint(secret_key)
+        public = self._engine.create_public_key(secret_key.secret, device=self.device)
+        return FheliumPublicKey(secret_key.key_id, secret_key.fingerprint, public)
+
+    def generate_evaluation_keys(
+        self,
+        secret_key: FheliumSecretKey,
+        rotations: Iterable[int],
+        *,
+        conjugation: bool = False,
+        bootstrapping: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> EvaluationKeys:
+        self._check_fingerprint(secret_key)
+        if bootstrapping:
+            raise BackendUnavailableError("the fhelium backend does not bootstrap: use --refresh client, or --backend native")
+        steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
+        secret, engine, keys = secret_key.secret, self._engine, {}
+        for done, step in enumerate(steps, start=1):
+            keys[step] = engine.create_rotation_key(self._shift(step), secret, device=self.device)
+            if progress is not None:
+                progress(done, len(steps))
+        relinearization = engine.create_relinearization_key(secret, device=self.device)
+        conjugating = engine.create_conjugation_key(secret, device=self.device) if conjugation else None
+        payload = FheliumKeys(self.parameters.fingerprint, relinearization, keys, conjugating)
+        return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation)
+
+    def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
+        refuse_secret_key(keys, "load_evaluation_keys")
+        if not isinstance(keys.payload, FheliumKeys):
+            raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
+        if keys.payload.fingerprint != self.parameters.fingerprint:
+            raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
+        super().load_evaluation_keys(keys)
+
+    def _shift(self, step: int) -> int:
+        """FHElium's step: it rotates to the right."""
+        return -step % self.parameters.slots
+
+    # ---- bytes ----
+    def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
+        if isinstance(item, Ciphertext):
+            return files.write_ciphertext(self.parameters, item)
+        if isinstance(item, EvaluationKeys):
+            return files.write_evaluation_keys(self.parameters, item)
+        if isinstance(item, FheliumPublicKey):
+            return files.write_public_key(self.parameters, item)
+        if isinstance(item, FheliumSecretKey):
+            if not allow_secret:
+                raise SecretKeyOnServerError("serialising a secret key needs allow_secret=True: do it on the client only, into a file only its owner reads")
+            return files.write_secret_key(self.parameters, item)
+        raise ParameterError(f"the fhelium backend cannot serialise a {type(item).__name__}")
+
+    def deserialize(self, data: bytes, kind: str) -> Any:
+        if kind not in files.READERS:
+            raise ParameterError(f"unknown kind {kind!r}: one of {', '.join(files.READERS)}")
+        return files.READERS[kind](self.parameters, self.device, data)
+
+    def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
+        raise BackendUnavailableError("the fhelium backend has no bootstrapping keys: use --refresh client")
+
+    def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
+        raise BackendUnavailableError("the fhelium backend has no bootstrapping keys: use --refresh client")
+
+    # ---- values of FHElium and back ----
+    def _depth(self, level: int) -> int:
+        return self.parameters.max_level - level
+
+    def _wrap(self, data: torch.Tensor, level: int, scale: float, coefficients: bool = False) -> Any:
+        """[components, *batch, limbs, N] as a ciphertext with one batch axis."""
+        from fhelium import Ciphertext as Value
+
+        data = data.reshape(data.shape[0], -1, *data.shape[-2:]).contiguous()
+        depth = self._depth(level)
+        primes = tuple(range(depth, self.parameters.max_level + 1))
+        domain, residues = ("coefficient", "standard") if coefficients else ("ntt", "montgomery")
+        return Value(data, depth, scale, primes, domain, "Q", residues)
+
+    def _value(self, ct: Ciphertext) -> Any:
+        return self._wrap(ct.payload, ct.level, ct.scale)
+
+    def _coefficients(self, ct: Ciphertext) -> Any:
+        return self._engine.ntt_domain_to_coefficient_domain(self._value(ct))
+
+    @staticmethod
+    def _like(data: torch.Tensor, batch_shape: tuple[int, ...]) -> torch.Tensor:
+        return data.reshape(data.shape[0], *batch_shape, *data.shape[-2:])
+
+    # ---- encoding and encryption ----
+    def _encode(self, values: np.ndarray, level: int, scale: float) -> list[Any]:
+        """One operand per vector: compressed for a period below the slots."""
+        flat = torch.from_numpy(values.reshape(-1, values.shape[-1])).to(self.device)
+        depth, engine = self._depth(level), self._engine
+        if flat.shape[-1] == self.parameters.slots:
+            return [engine.encode(row, depth=depth, scale=scale, device=self.device) for row in flat]
+        if flat.shape[-1] == 1:
+            flat = flat.repeat(1, 2)
+        compressed = engine.prepare_compressed_plaintext(flat, depth=depth, scale=scale, device=self.device)
+        return list(compressed.unbind_batch())
+
+    def _factor(self, operand: Any) -> Any:
+        """An encoded vector, ready for products; a compressed one already is."""
+        return operand if _compressed(operand) else self._engine.prepare_plaintext_for_multiplication(operand)
+
+    def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> torch.Tensor:
+        flat = torch.from_numpy(values.reshape(-1, values.shape[-1])).to(self.device)
+        plain = self._engine.encode(flat, depth=self._depth(level), scale=scale, device=self.device)
+        value = self._engine.encrypt(plain, key.public, device=self.device, output_domain="ntt")
+        return self._like(value.data, values.shape[:-1])
+
+    def _decrypt(self, ct: Ciphertext, secret_key: FheliumSecretKey) -> np.ndarray:
+        value = self._coefficients(ct)
+        values = self._engine.decode(self._engine.decrypt(value, secret_key.secret), is_real=True)
+        return values.cpu().numpy().astype(np.float64).reshape(*ct.batch_shape, self.parameters.slots)
+
+    # ---- linear: residues are below 2^50, sums of two stay in int64 ----
+    def _reduced(self, data: torch.Tensor) -> torch.Tensor:
+        return data.remainder_(self._moduli[-data.shape[-2] :, None])
+
+    def _pair(self, a: Ciphertext, b: Ciphertext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both payloads over the common batch shape, with as many components as the longer one."""
+        rank = max(len(a.batch_shape), len(b.batch_shape))
+        padded = []
+        for ct in (a, b):
+            data = ct.payload.reshape(ct.components, *(1,) * (rank - len(ct.batch_shape)), *ct.payload.shape[1:])
+            missing = max(a.components, b.components) - ct.components
+            padded.append(torch.cat([data, data.new_zeros(missing, *data.shape[1:])]) if missing else data)
+        return torch.broadcast_tensors(*padded)
+
+    def _add(self, a: Ciphertext, b: Ciphertext) -> torch.Tensor:
+        x, y = self._pair(a, b)
+        return self._reduced(x + y)
+
+    def _subtract(self, a: Ciphertext, b: Ciphertext) -> torch.Tensor:
+        x, y = self._pair(a, b)
+        return self._reduced(x - y)
+
+    def _negate(self, a: Ciphertext) -> torch.Tensor:
+        return self._reduced(-a.payload)
+
+    def _sum(self, a: Ciphertext) -> torch.Tensor:
+        return self._reduced(a.payload.sum(1))
+
+    def _add_plain(self, a: Ciphertext, b: Plaintext) -> torch.Tensor:
+        engine = self._engine
+
+        def operation(value: Any, operand: Any) -> Any:
+            if not _compressed(operand):
+                operand = engine.prepare_plaintext_for_addition(operand, polynomial_domain="ntt")
+            return engine.add_plaintext(value, operand)
+
+        return self._with_plain(a, b, operation)
+
+    def _add_scalar(self, a: Ciphertext, value: float) -> torch.Tensor:
+        values = torch.full((self.parameters.slots,), value, dtype=torch.float64, device=self.device)
+        constant = self._engine.encode(values, depth=self._depth(a.level), scale=a.scale)
+        constant = self._engine.prepare_plaintext_for_addition(constant, polynomial_domain="ntt")
+        return self._like(self._engine.add_plaintext(self._value(a), constant).data, a.batch_shape)
+
+    # ---- products ----
+    def _multiply(self, a: Ciphertext, b: Ciphertext) -> torch.Tensor:
+        x, y = self._pair(a, b)
+        product = self._engine.multiply(self._wrap(x, a.level, a.scale), self._wrap(y, b.level, b.scale))
+        return self._like(product.data, tuple(x.shape[1:-2]))
+
+    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> torch.Tensor:
+        return self._with_plain(a, b, lambda value, operand: self._engine.multiply_plaintext(value, self._factor(operand)))
+
+    def _with_plain(self, a: Ciphertext, b: Plaintext, operation: Callable[[Any, Any], Any]) -> torch.Tensor:
+        """One plaintext for the whole batch in one call, otherwise entry by entry of the broadcast shape."""
+        shape = np.broadcast_shapes(a.batch_shape, b.batch_shape)
+        if len(b.payload) == 1:
+            return self._like(operation(self._value(a), b.payload[0]).data, a.batch_shape).expand(a.components, *shape, -1, -1)
+        rows = a.payload.reshape(a.components, -1, *a.payload.shape[-2:])
+        left = np.broadcast_to(np.arange(a.count).reshape(a.batch_shape), shape).ravel()
+        right = np.broadcast_to(np.arange(len(b.payload)).reshape(b.batch_shape), shape).ravel()
+        results = [operation(self._wrap(rows[:, i], a.level, a.scale), b.payload[j]).data for i, j in zip(left, right, strict=True)]
+        return self._like(torch.cat(results, dim=1), shape)
+
+    def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> torch.Tensor:
+        groups, terms = plain.batch_shape
+        values = [self._wrap(a.payload[:, k], a.level, a.scale) for k in range(terms)]
+        operands = [self._factor(operand) for operand in plain.payload]
+        rows = []
+        for g in range(groups):
+            products = (self._engine.multiply_plaintext(value, operands[g * terms + k]).data for k, value in enumerate(values))
+            rows.append(self._like(self._reduced(sum(products)), a.batch_shape[1:]))
+        return torch.stack(rows, dim=1)
+
+    def _multiply_integer(self, a: Ciphertext, value: int) -> torch.Tensor:
+        return self._like(self._engine.multiply_integer_scalar(self._value(a), value).data, a.batch_shape)
+
+    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> torch.Tensor:
+        """Exact: residues are split at 2^25 and multiplied in float64, in chunks whose sums stay below 2^53."""
+        shape = a.payload.shape
+        moduli = self._moduli[-shape[-2] :, None]
+        rows = a.payload.transpose(0, 1).reshape(shape[1], -1)
+        largest = max(int(np.abs(weights).max(initial=0)), 1)
+        chunk = max(EXACT // (largest << SPLIT_BITS), 1)
+        matrix = torch.from_numpy(weights.astype(np.float64)).to(self.device)
+        total = None
+        for first in range(0, shape[1], chunk):
+            part, columns = rows[first : first + chunk], matrix[:, first : first + chunk]
+            low = columns @ (part & ((1 << SPLIT_BITS) - 1)).double()
+            high = columns @ (part >> SPLIT_BITS).double()
+            value = self._joined(high.long().view(-1, *shape[-2:]), low.long().view(-1, *shape[-2:]), moduli)
+            total = value if total is None else (total + value).remainder_(moduli)
+        return total.view(len(weights), shape[0], *shape[2:]).transpose(0, 1).contiguous()
+
+    @staticmethod
+    def _joined(high: torch.Tensor, low: torch.Tensor, moduli: torch.Tensor) -> torch.Tensor:
+        """high * 2^25 + low modulo each row's modulus, in shifts that stay below 2^63."""
+        for bits in (SPLIT_BITS // 2, SPLIT_BITS - SPLIT_BITS // 2):
+            high = (high.remainder(moduli) << bits).remainder_(moduli)
+        return (high + low.remainder(moduli)).remainder_(moduli)
+
+    def _relinearize(self, a: Ciphertext) -> torch.Tensor:
+        value = self._engine.relinearize(self._value(a), self._keys.relinearization, output_domain="ntt")
+        return self._like(value.data, a.batch_shape)
+
+    def _rescale(self, a: Ciphertext) -> torch.Tensor:
+        return self._like(self._engine.rescale_to_next_depth(self._value(a)).data, a.batch_shape)
+
+    def _drop_level(self, a: Ciphertext, level: int) -> torch.Tensor:
+        return a.payload[..., -(level + 1) :, :]
+
+    # ---- automorphisms ----
+    @property
+    def _keys(self) -> FheliumKeys:
+        return self.evaluation_keys.payload
+
+    def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> torch.Tensor:
+        moving = [s for s in steps if s]
+        rotated: list[Any] = []
+        if moving:
+            keys = [self._keys.rotations[s] for s in moving]
+            rotated = self._engine.rotate_many_with_keys(self._coefficients(a), keys, output_domain="ntt")
+        found = iter(rotated)
+        return torch.stack([self._like(next(found).data, a.batch_shape) if s else a.payload for s in steps], dim=1)
+
+    def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> torch.Tensor:
+        total = None
+        for g, step in enumerate(steps):
+            part = self._take(a, g)
+            if step:
+                value = self._engine.ntt_domain_to_coefficient_domain(self._wrap(part, a.level, a.scale))
+                value = self._engine.rotate_with_key(value, self._keys.rotations[step], output_domain="ntt")
+                part = self._like(value.data, a.batch_shape[1:])
+            total = part if total is None else self._reduced(total + part)
+        return total
+
+    def _conjugate(self, a: Ciphertext) -> torch.Tensor:
+        value = self._engine.conjugate(self._coefficients(a), self._keys.conjugation, output_domain="ntt")
+        return self._like(value.data, a.batch_shape)
+
+    def _bootstrap(self, a: Ciphertext) -> torch.Tensor:
+        raise BackendUnavailableError("the fhelium backend does not bootstrap: use --refresh client, or --backend native")
+
+    # ---- batch structure: component axis first ----
+    def _take(self, a: Ciphertext, index: int | slice) -> torch.Tensor:
+        return a.payload[:, index]
+
+    def _stack(self, items: Sequence[Ciphertext]) -> torch.Tensor:
+        return torch.stack([item.payload for item in items], dim=1)
+
+    def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> torch.Tensor:
+        return a.payload.reshape(a.components, *batch_shape, *a.payload.shape[-2:])
+
+
+def _compressed(operand: Any) -> bool:
+    return hasattr(operand, "compression_layout")
