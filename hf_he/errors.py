@@ -86,3 +86,7 @@ class CheckpointError(HEError):
 
 class TrainingError(HEError):
     """A training message does not fit the run the server holds: another run, another data order, or a step out of turn."""
+
+
+class GenerationError(HEError):
+    """A generation is unknown to the server, out of step, or has no room for another token."""

@@ -48,23 +48,32 @@ class Server:
     raises BackendUnavailableError until the backend can do it.
     """
 
+    tokens = SEQUENCE_LENGTH
+
     def __init__(self, model: str | Path, evaluation_keys: str | Path | bytes | ServerKeys, *, refresh: str = "client") -> None:
         keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if refresh not in REFRESH_POLICIES:
             raise ParameterError(f"unknown refresh policy {refresh!r}: choose one of {', '.join(REFRESH_POLICIES)}")
         self.backend = get_backend(keys.backend, keys.parameters)
         policy = BootstrapRefresh(self.backend) if refresh == "bootstrap" else ClientRefresh(self._ask_client)
-        self.model = load_classifier(model)
-        self.identity = Identity(keys.backend, keys.parameters.fingerprint, model_fingerprint(model), keys.key_id)
+        self.model, fingerprint = self._load(model)
+        self.identity = Identity(keys.backend, keys.parameters.fingerprint, fingerprint, keys.key_id)
         self.backend.load_evaluation_keys(keys.evaluation)
         config = self.model.config
-        self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, SEQUENCE_LENGTH)
+        self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, self.tokens)
         self.session = EncryptedSession(self.backend, self.packing, policy)
-        self.session.place(self.model, make_plan(self.model, keys.parameters, self.packing).levels)
+        self._place()
         self._blocks = self.packing.blocks(config.hidden_size)
         self._busy = threading.Lock()
         self._client: Refresh | None = None
         self._position: dict[str, Any] = {"state": "idle"}
+
+    def _load(self, model: str | Path) -> tuple[torch.nn.Module, str]:
+        """The model in polynomial mode and its fingerprint."""
+        return load_classifier(model), model_fingerprint(model)
+
+    def _place(self) -> None:
+        self.session.place(self.model, make_plan(self.model, self.backend.parameters, self.packing).levels)
 
     def describe(self) -> dict[str, Any]:
         """What is served, JSON-ready."""

@@ -7,7 +7,7 @@ import torch
 from hf_he.approximation import fit_reciprocal, kernel_exponential, power_polynomial
 from hf_he.errors import ShapeError
 from hf_he.ops import decode
-from hf_he.ops.decode import PowerSoftmax
+from hf_he.ops.power_softmax import PowerSoftmax
 
 KERNEL = kernel_exponential((-8.0, 0.0), 5)
 SCALING = 0.3

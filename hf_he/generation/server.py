@@ -1,0 +1,220 @@
+"""The generation server: a public decoder, evaluation keys, and the encrypted caches of the generations that run on it. It never holds a secret key.
+
+    server = GenerationServer(model, keys.evaluation)
+    answer = server.infer(prompt.to_bytes(), refresh)          # the interface of hf_he.Server, over HTTP too (`hf-he serve --generate`)
+    answer = server.infer(token.to_bytes(), refresh)
+
+It learns how long the sequences are and how many tokens are generated, not which ones. A token is appended in full or not at all, and a repeated
+request for the last one is answered again without computing, so a client may always ask again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_he.backends import Ciphertext
+from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError
+from hf_he.generation.cache import EncryptedCache
+from hf_he.generation.messages import (
+    CACHE_KIND,
+    CACHE_REQUEST_KIND,
+    PROMPT_KIND,
+    TOKEN_KIND,
+    CacheRequest,
+    EncryptedPrompt,
+    EncryptedToken,
+    StoredCache,
+)
+from hf_he.generation.model import decoder_fingerprint, load_decoder
+from hf_he.keys import ServerKeys
+from hf_he.protocol import EncryptedResult
+from hf_he.server import Progress, Refresh, Server, message_kind
+
+MAX_GENERATIONS = 16
+DEFAULT_CONTEXT = 64
+
+
+@dataclass
+class Generation:
+    """The cache of one generation and the last answer."""
+
+    cache: EncryptedCache
+    answer: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """A checked prompt or token."""
+
+    message: EncryptedPrompt | EncryptedToken = field(repr=False)
+    embeddings: Ciphertext = field(repr=False)
+
+
+class GenerationServer(Server):
+    """Runs a decoder on encrypted prompts and tokens.
+
+    `model` is a folder with a polynomial-mode causal language model, `adapter` one with a plain PEFT adapter to merge into it. `context`: token lanes of
+    a ciphertext, a power of two, and the longest prompt; sequences per generation follow from it. `max_tokens`: how many tokens of a sequence
+    a cache may hold (default: `context`). The MAX_GENERATIONS last used caches are kept. Errors of `hf_he.Server`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        evaluation_keys: str | Path | bytes | ServerKeys,
+        *,
+        refresh: str = "client",
+        adapter: str | Path | None = None,
+        context: int = DEFAULT_CONTEXT,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._adapter = adapter
+        self.tokens = context
+        self.max_tokens = context if max_tokens is None else max_tokens
+        super().__init__(model, evaluation_keys, refresh=refresh)
+        EncryptedCache(self.session, self.model.config, self.max_tokens)
+        self._generations: OrderedDict[str, Generation] = OrderedDict()
+
+    def describe(self) -> dict[str, Any]:
+        """As `Server.describe`, with the token lanes and the tokens a cache may hold."""
+        return super().describe() | {"context": self.tokens, "max_tokens": self.max_tokens}
+
+    @property
+    def max_batch_bytes(self) -> int:
+        """No valid message is larger."""
+        chunks = -(-self.max_tokens // self.tokens)
+        states = len(self.model.base_model.layers) * chunks * 2
+        return max(self._blocks, states) * self._ciphertext_bytes + 2**20
+
+    def open(self, data: bytes) -> Any:
+        """Check a message completely. Raises CorruptFileError, ParameterError, ModelMismatchError, WrongKeyError or GenerationError."""
+        kind = message_kind(data)
+        if kind == PROMPT_KIND:
+            return self._open_prompt(EncryptedPrompt.from_bytes(data))
+        if kind == TOKEN_KIND:
+            return self._open_token(EncryptedToken.from_bytes(data))
+        if kind == CACHE_REQUEST_KIND:
+            request = CacheRequest.from_bytes(data)
+            request.identity.check(self.identity, "cache request")
+            self._generation(request.generation)
+            return request
+        if kind == CACHE_KIND:
+            stored = StoredCache.from_bytes(data)
+            stored.identity.check(self.identity, "cache")
+            return stored.generation, stored, EncryptedCache.restore(self.session, self.model.config, stored, self.max_tokens)
+        if kind == "secret_key":
+            return super().open(data)
+        raise CorruptFileError("this is not a message to a generation server: client and server need the same version of hf_he")
+
+    def run(self, work: Any, refresh: Refresh, progress: Progress | None = None) -> bytes:
+        """The answer to checked work."""
+        if isinstance(work, TokenWork):
+            return self._locked(refresh, partial(self._next, work, progress))
+        if isinstance(work, CacheRequest):
+            return self._locked(refresh, partial(self._stored, work))
+        return self._locked(refresh, partial(self._restored, *work))
+
+    # ---- what the base class asks for ----
+    def _load(self, model: str | Path) -> tuple[torch.nn.Module, str]:
+        return load_decoder(model, self._adapter), decoder_fingerprint(model, self._adapter)
+
+    def _place(self) -> None:
+        """Decoders run at the defaults of hf_he.ops, demand by demand."""
+
+    # ---- messages ----
+    def _open_prompt(self, message: EncryptedPrompt) -> TokenWork:
+        message.identity.check(self.identity, "encrypted prompt")
+        packing = self.packing
+        if len(message.lengths) != packing.sequences or max(message.lengths) > packing.tokens:
+            raise ModelMismatchError(
+                f"prompts of {max(message.lengths)} tokens in {len(message.lengths)} lanes do not fit this server, which takes up to {packing.tokens} in "
+                f"{packing.sequences}: use the context it was started with"
+            )
+        if message.generation in self._generations:
+            raise GenerationError("this prompt was sent before: encrypt it again to begin another generation")
+        return TokenWork(message, self._ciphertext(message.embeddings, (self._blocks,), "prompt"))
+
+    def _open_token(self, message: EncryptedToken) -> TokenWork:
+        message.identity.check(self.identity, "encrypted token")
+        self._generation(message.generation)
+        return TokenWork(message, self._ciphertext(message.embeddings, (self._blocks,), "token"))
+
+    def _generation(self, name: str) -> Generation:
+        if name not in self._generations:
+            raise GenerationError(
+                f"this server holds no generation {name} (it keeps the last {MAX_GENERATIONS}): send its stored cache with resume, or begin again"
+            )
+        self._generations.move_to_end(name)
+        return self._generations[name]
+
+    def _keep(self, name: str, generation: Generation) -> None:
+        self._generations[name] = generation
+        self._generations.move_to_end(name)
+        while len(self._generations) > MAX_GENERATIONS:
+            self._generations.popitem(last=False)
+
+    # ---- computing ----
+    def _next(self, work: TokenWork, progress: Progress | None) -> bytes:
+        message = work.message
+        if isinstance(message, EncryptedPrompt):
+            generation = Generation(EncryptedCache(self.session, self.model.config, self.max_tokens))
+            generation.cache.lengths[:] = message.lengths
+            generation.answer = self._answer(message, partial(self._prefill, generation.cache, work.embeddings), progress)
+            self._keep(message.generation, generation)
+            return generation.answer
+        generation = self._generation(message.generation)
+        cache, seen = generation.cache, int(generation.cache.lengths.max())
+        if message.seen == seen - 1 and generation.answer:
+            return generation.answer
+        if message.seen != seen:
+            raise GenerationError(f"a token after {message.seen} others was sent, the cache holds {seen}: client and server are out of step, begin again")
+        if cache.full:
+            raise GenerationError(f"the cache is full with {seen} tokens: start the server with a larger max_tokens")
+        before = cache.snapshot()
+        try:
+            generation.answer = self._answer(message, partial(self._decode, cache, work.embeddings), progress)
+        except BaseException:
+            cache.roll_back(before)
+            raise
+        cache.advance()
+        return generation.answer
+
+    def _answer(self, message: EncryptedPrompt | EncryptedToken, compute: Callable[[], Ciphertext], progress: Progress | None) -> bytes:
+        self._position = {"state": "running", "batch": 1, "batches": 1, "start": 0}
+        if progress:
+            progress(self.progress())
+        before, start = self.session.refresh.count, time.perf_counter()
+        with torch.no_grad():
+            logits = self.backend.drop_level(compute(), 0)
+        seconds = time.perf_counter() - start
+        report = self._report(seconds, [seconds], self.session.refresh.count - before)
+        return EncryptedResult(self.identity, 1, message.generation, self.backend.serialize(logits), report).to_bytes()
+
+    def _prefill(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
+        state = self.session.hidden_state(embeddings)
+        return self.model(inputs_embeds=state, past_key_values=cache, use_cache=True).logits.ciphertext
+
+    def _decode(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
+        with self.session.single_token():
+            state = self.session.hidden_state(embeddings)
+            return self.model(inputs_embeds=state, position_ids=cache.positions(), past_key_values=cache, use_cache=True).logits.ciphertext
+
+    # ---- caches as messages ----
+    def _stored(self, request: CacheRequest) -> bytes:
+        generation = self._generation(request.generation)
+        stored = generation.cache.store(self.identity, request.generation)
+        if request.forget:
+            del self._generations[request.generation]
+        return stored.to_bytes()
+
+    def _restored(self, name: str, stored: StoredCache, cache: EncryptedCache) -> bytes:
+        self._keep(name, Generation(cache))
+        return replace(stored, layers=()).to_bytes()

@@ -1,0 +1,121 @@
+"""One generation as the client sees it, and the plaintext model that runs along."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_he.errors import CorruptFileError, GenerationError, RefreshError, ShapeError
+from hf_he.generation.messages import CacheRequest, StoredCache
+from hf_he.protocol import EncryptedResult
+
+if TYPE_CHECKING:
+    from hf_he.client import InferenceServer, Progress
+    from hf_he.generation.client import GenerationClient
+
+
+class Reference:
+    """The plaintext polynomial model over the same tokens, one sequence after another. Raises RangeError where a value leaves its fitted range."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._caches: list[DynamicCache] = []
+        self._logits: list[np.ndarray] = []
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[B', vocabulary] after the last token of each sequence."""
+        return np.stack(self._logits)
+
+    @torch.no_grad()
+    def begin(self, tokens: torch.Tensor, length: int) -> None:
+        """Another sequence: the first `length` of `tokens` [1, T]; the others are only checked."""
+        cache = DynamicCache(config=self._model.config)
+        logits = self._model(tokens, past_key_values=cache, use_cache=True).logits
+        if length < tokens.shape[1]:
+            cache.crop(length - tokens.shape[1])
+        self._caches.append(cache)
+        self._logits.append(logits[0, length - 1].numpy())
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int]) -> None:
+        """One more token of every sequence; on a RangeError none has moved."""
+        logits, lengths = [], [cache.get_seq_length() for cache in self._caches]
+        try:
+            for token, cache in zip(tokens, self._caches, strict=True):
+                logits.append(self._model(torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True).logits[0, -1].numpy())
+        except BaseException:
+            for cache, length in zip(self._caches, lengths, strict=True):
+                if cache.get_seq_length() > length:
+                    cache.crop(length - cache.get_seq_length())
+            raise
+        self._logits = logits
+
+
+@dataclass
+class Generation:
+    """Sequences being generated. `lengths`: tokens sent so far; `logits` [B', vocabulary] predict the next ones."""
+
+    client: GenerationClient = field(repr=False)
+    server: InferenceServer = field(repr=False)
+    lengths: list[int]
+    reference: Reference | None = field(default=None, repr=False)
+    name: str = ""
+    logits: np.ndarray | None = field(default=None, repr=False)
+    reports: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    seconds: dict[str, float] = field(default_factory=lambda: {"encrypt": 0.0, "server": 0.0, "decrypt": 0.0}, repr=False)
+    sizes: dict[str, int] = field(default_factory=lambda: {"sent": 0, "received": 0}, repr=False)
+    max_logit_error: float | None = None
+
+    def step(self, tokens: Sequence[int], progress: Progress | None = None) -> np.ndarray:
+        """Append one token per sequence; the logits of the next. Raises GenerationError when there is no room, RangeError as `Reference`."""
+        client = self.client
+        if len(tokens) != len(self.lengths):
+            raise ShapeError(f"{len(tokens)} tokens for {len(self.lengths)} sequences: give one each")
+        if max(self.lengths) >= client.max_tokens:
+            raise GenerationError(f"{max(self.lengths)} tokens fill the cache: use a larger max_tokens on client and server")
+        if self.reference is not None:
+            self.reference.step(tokens)
+        start = time.perf_counter()
+        message = client.encrypted_token(self.name, max(self.lengths), tokens)
+        self.seconds["encrypt"] += time.perf_counter() - start
+        self.receive(message, [0] * len(self.lengths), progress)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self.logits
+
+    def store(self, *, forget: bool = False) -> bytes:
+        """The cache, encrypted, as bytes to keep anywhere; `forget`: the server drops it."""
+        request = CacheRequest(self.client.identity, self.name, forget)
+        answer = self.server.infer(request.to_bytes(), no_refresh)
+        StoredCache.from_bytes(answer).identity.check(self.client.identity, "cache")
+        return answer
+
+    def receive(self, message: bytes, lanes: Sequence[int], progress: Progress | None) -> None:
+        """Send a message, answer refresh requests, keep the logits of one token lane per sequence."""
+        refresher = self.client.refresher()
+        start = time.perf_counter()
+        answer = self.server.infer(message, refresher, progress)
+        self.seconds["server"] += time.perf_counter() - start
+        refresher.check()
+        start = time.perf_counter()
+        result = EncryptedResult.from_bytes(answer)
+        if result.batch_id != self.name:
+            raise CorruptFileError("the server answered for another generation: begin again")
+        logits = self.client.decrypt(result)
+        self.seconds["decrypt"] += time.perf_counter() - start
+        self.logits = np.stack([logits[index, lane] for index, lane in enumerate(lanes)])
+        self.reports.append(result.report)
+        self.sizes["sent"] += len(message)
+        self.sizes["received"] += len(answer)
+        if self.reference is not None:
+            self.max_logit_error = max(float(np.abs(self.logits - self.reference.logits).max()), self.max_logit_error or 0.0)
+
+
+def no_refresh(_: bytes) -> bytes:
+    raise RefreshError("the server asked for a refresh where nothing is computed: do not trust it")
