@@ -52,7 +52,7 @@ def inverse_root_level(top: int, approximation: InverseSquareRoot) -> int:
 
 @dataclass
 class Statistics:
-    """What the backward of a norm needs of its forward, [1] each: x - mean, the variance mapped to [-1, 1], and 1 / sqrt."""
+    """What the backward of a norm needs of its forward: x - mean [blocks], the variance mapped to [-1, 1] and 1 / sqrt, [1] each."""
 
     centred: Ciphertext
     mapped: Ciphertext
@@ -77,9 +77,10 @@ class WaitingNorm(Operand):
         super().__init__(source.context, source.features)
         self._levels = levels
         self._centre = centre
-        if source.features != source.context.packing.features:
+        if source.features % source.context.packing.features:
             raise ShapeError(
-                f"a norm over {source.features} features needs a packing of as many features per ciphertext, this one has {source.context.packing.features}"
+                f"a norm over {source.features} features needs a packing whose features per ciphertext divide them, this one has "
+                f"{source.context.packing.features}"
             )
         self._source: Operand | None = source
         self._layer = (weight, bias, eps, approximation)
@@ -153,9 +154,10 @@ def statistics_of(
     hidden = operand.at_least(operand.level if high else first)
     with backend.log.measure("norm"):
         centred = _centred(context, hidden, hidden.level if high else first) if centre else hidden
-        squares = context.square(backend.drop_level(centred, levels.statistic + RMS_STATISTIC_DEPTH))
+        lowered = backend.drop_level(centred, levels.statistic + RMS_STATISTIC_DEPTH)
+        squares = backend.rescale(backend.relinearize(sum_blocks(context, backend.multiply(lowered, lowered))))
         total = reduce.sum_features(context, squares, c)
-        mapped = context.multiply_constant(total, ("variance", gain), lambda: reduce.first_of(c, gain / c))
+        mapped = context.multiply_constant(total, ("variance", gain, operand.features), lambda: reduce.first_of(c, gain / operand.features))
         mapped = backend.add_scalar(reduce.replicate_features(context, mapped, c), shift)
         mapped = _ready(context, mapped, approximation, level + 1)
         return Statistics(centred, mapped, inverse_root(context, mapped, approximation, level + 1))
@@ -185,8 +187,9 @@ def statistic_depth(centre: bool) -> int:
 def _centred(context: OperationContext, hidden: Ciphertext, level: int) -> Ciphertext:
     """x - mean, one below `level`."""
     backend, c = context.backend, context.packing.features
-    total = reduce.sum_features(context, backend.drop_level(hidden, level), c)
-    mean = context.multiply_constant(total, "mean", lambda: reduce.first_of(c, 1.0 / c))
+    total = reduce.sum_features(context, sum_blocks(context, backend.drop_level(hidden, level)), c)
+    features = hidden.count * c
+    mean = context.multiply_constant(total, ("mean", features), lambda: reduce.first_of(c, 1.0 / features))
     mean = reduce.replicate_features(context, mean, c)
     return backend.subtract(backend.match_level(hidden, mean.level), mean)
 
@@ -223,6 +226,11 @@ def _newton_step(context: OperationContext, y: Ciphertext, half: Ciphertext) -> 
     product = backend.multiply(backend.take(products, 0), backend.take(products, 1))
     linear = backend.multiply_scalar(backend.drop_level(y, product.level), 1.5, product.scale / y.scale)
     return backend.rescale(backend.relinearize(backend.subtract(linear, product)))
+
+
+def sum_blocks(context: OperationContext, ct: Ciphertext) -> Ciphertext:
+    """The sum of all feature blocks, [1]."""
+    return ct if ct.count == 1 else context.backend.reshape(context.backend.sum(ct), (1,))
 
 
 def blocks(vector: torch.Tensor, c: int) -> np.ndarray:

@@ -48,9 +48,17 @@ def test_layer_norm_refreshes_one_ciphertext(lab):
     assert lab.session.refresh.count == 1
 
 
-def test_layer_norm_needs_one_block(lab):
-    with pytest.raises(ShapeError, match="32 features"):
-        norm.WaitingNorm(lab.encrypt(lab.states(32)).operand, lab.random(32), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
+def test_layer_norm_over_several_blocks(lab):
+    x, weight, bias = 2 * lab.states(48) + 1, lab.random(48), lab.random(48)
+    approximation = fit_inverse_square_root((1.0, 10.0), 15, 1)
+    out = norm.WaitingNorm(lab.encrypt(x).operand, weight, bias, 1e-5, approximation)
+    lab.check(out.ciphertext, norm.reference(x, weight, bias, 1e-5, approximation), tolerance=2e-5)
+    assert lab.session.refresh.count == 1, "the statistic is one ciphertext"
+
+
+def test_layer_norm_needs_whole_blocks(lab):
+    with pytest.raises(ShapeError, match="24 features"):
+        norm.WaitingNorm(lab.encrypt(lab.states(24)).operand, lab.random(24), None, 1e-5, fit_inverse_square_root((0.3, 15.0), 7, 1))
 
 
 @pytest.mark.parametrize(("function", "interval", "degree"), [("gelu", (-8.0, 8.0), 31), ("relu", (-5.0, 7.0), 15), ("tanh", (-6.0, 6.0), 15)])
