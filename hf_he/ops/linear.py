@@ -104,7 +104,7 @@ class WaitingLinear(Operand):
         return super().ensure(depth)
 
     def at_least(self, level: int) -> Ciphertext:
-        if self._ciphertext is None and level < self.level:
+        if self._ciphertext is None and level <= self.level:
             self.source.ensure(level + 1)
             self._ciphertext = self.compute(level)
         return self.ciphertext
