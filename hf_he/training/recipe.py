@@ -39,13 +39,16 @@ class Stage:
 class Recipe:
     """Everything a training run depends on.
 
-    `teacher`, `student`: a pinned checkpoint name of hf_he.data or a folder. `teacher_dtype`: precision of the soft labels' forward passes
+    `name`: of the published checkpoint. `teacher`, `student`: a pinned checkpoint name of hf_he.data or a folder; with teacher "none" there are no
+    soft labels, and the stages that make them are left out.
+    `train_rows`: at most so many labelled rows, at equal distances. `teacher_dtype`: precision of the soft labels' forward passes
     (bfloat16 is three times as fast on CPUs that have it, and moves logits by less than 0.1). `unlabelled`: "imdb" or "none", `unlabelled_rows` of it.
     `label_repeats`: how often a labelled row appears per epoch of the distillation stages. `random_rows`: random token sequences for the
     range penalty. `calibration_rows`: how many training rows fix the intervals (`export` then checks them on all). `margin`: widening of the calibrated ranges.
     `refine_weight`: share of the refined weights in the result, the rest being those of the polynomial stage.
     """
 
+    name: str = "he-bert-tiny-mr"
     task: str = "mr"
     data_dir: str | None = None
     student: str = "bert-tiny"
@@ -57,6 +60,7 @@ class Recipe:
     teacher_dtype: str = "bfloat16"
     unlabelled: str = "imdb"
     unlabelled_rows: int = 150_000
+    train_rows: int | None = None
     label_repeats: int = 3
     random_rows: int = 4_000
     calibration_rows: int = 20_000

@@ -117,6 +117,21 @@ def test_max_steps_makes_a_trial_run(recipe, tmp_path):
     assert log[-1]["step"] == 2
 
 
+def test_a_recipe_without_a_teacher_learns_from_labels_alone(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text()) | {"teacher": "none", "train_rows": 64, "name": "taught-by-nobody"}
+    for stage in ("softmax_stage", "kernel_stage", "polynomial_stage", "refine_stage"):
+        values[stage] = values[stage] | {"epochs": 1, "loss": {"label": 1.0}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert run("--config", path, "--output-dir", tmp_path / "out").exit_code == 0
+    assert {folder.name for folder in (tmp_path / "out").iterdir()} == {"softmax", "kernel", "polynomial", "refine", "published"}
+    report = json.loads((tmp_path / "out" / "published" / "report.json").read_text())
+    assert set(report["comparison"]["dev"]) == {"softmax student", "majority", "tfidf_logistic_regression"}
+    assert report["ranges"]["train rows"]["rows"] == 64
+    card = (tmp_path / "out" / "published" / "README.md").read_text()
+    assert "# taught-by-nobody" in card and "- Teacher: none." in card
+
+
 def test_conversion_copies_weights_and_puts_a_new_head_on_an_encoder(stock):
     source = BertForMaskedLM.from_pretrained(stock)
     model = convert_checkpoint(stock, num_labels=3)
