@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from hf_he.errors import ShapeError
-from hf_he.ops import attention, linear, power_softmax, reduce, rotary
+from hf_he.errors import ShapeError, UnsupportedModelError
+from hf_he.ops import attention, attention_gradient, linear, power_softmax, reduce, rotary, weights
 from hf_he.packing import Packing
 
 __all__ = ["DECODERS", "required_rotations"]
@@ -15,11 +15,12 @@ DECODERS = ("he_gpt_neox", "he_llama")
 """Model types with a causal forward."""
 
 
-def required_rotations(config: Any, packing: Packing, lora_rank: int = 0) -> set[int]:
+def required_rotations(config: Any, packing: Packing, lora_rank: int = 0, training: bool = False) -> set[int]:
     """Rotation steps (in 1 .. slots - 1) that an encrypted forward uses, of a HEBert sequence classifier or of a decoder with its language-model
     head: what its evaluation keys must cover.
 
-    `lora_rank`: of unmerged (plaintext) LoRA adapters on maps of the hidden state; merged ones need nothing more.
+    `lora_rank`: of unmerged LoRA adapters on maps of the hidden state; merged ones need nothing more. `training`: a sequence classifier's forward
+    and backward with encrypted adapters and an encrypted head; plaintext ones are run with training=False.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
     if packing.features != hidden:
@@ -27,6 +28,10 @@ def required_rotations(config: Any, packing: Packing, lora_rank: int = 0) -> set
     steps = _attention(config, packing) | reduce.rotations(packing)
     steps |= linear.rotations(packing, hidden, hidden, hidden, hidden) | linear.rotations(packing, hidden, hidden)
     steps |= linear.rotations(packing, hidden, wide) | linear.rotations(packing, wide, hidden)
+    if training:
+        if config.model_type in DECODERS or config.attention_kernel != "gaussian_kernel":
+            raise UnsupportedModelError("encrypted training has a backward of HEBert with Gaussian-kernel attention only")
+        return steps | attention_gradient.rotations(packing, config.num_attention_heads) | weights.rotations(packing)
     if lora_rank:
         steps |= linear.rotations(packing, hidden, lora_rank) | linear.rotations(packing, lora_rank, hidden)
     if config.model_type in DECODERS:
