@@ -1,0 +1,92 @@
+"""What a training step will need, found without keys or data: rotations, refreshes, operations and time of one step on a counting backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from hf_he.ckks.parameters import CKKSParameters
+from hf_he.finetuning.protocol import TrainingSettings
+from hf_he.finetuning.step import MicroBatch, TrainingRun
+from hf_he.packing import Packing
+from hf_he.planner import CountingSession
+
+
+@dataclass(frozen=True)
+class Part:
+    """Operations by primitive, estimated seconds of one core by scope, and refreshes as (level, ciphertexts)."""
+
+    operations: dict[str, int]
+    seconds: dict[str, float]
+    refreshes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One micro-batch (forward and backward), what remains of a step (installing the weights, packing the gradient, the optimiser), and every
+    rotation of both.
+
+    `rotations`: step -> highest level of its use. `update` is that of the first step or of later ones, whichever costs more.
+    """
+
+    rotations: dict[int, int]
+    micro_batch: Part
+    update: Part
+
+    def refreshes(self, micro_batches: int) -> int:
+        """Refreshes of a step of so many micro-batches."""
+        return micro_batches * len(self.micro_batch.refreshes) + len(self.update.refreshes)
+
+    @property
+    def widest_refresh(self) -> int:
+        """Ciphertexts of the largest refresh."""
+        return max((count for part in (self.micro_batch, self.update) for _, count in part.refreshes), default=1)
+
+    def seconds(self, micro_batches: int) -> dict[str, float]:
+        """Estimated seconds of a step on one core, by scope."""
+        scopes = {**self.micro_batch.seconds, **self.update.seconds}
+        return {name: micro_batches * self.micro_batch.seconds.get(name, 0.0) + self.update.seconds.get(name, 0.0) for name in scopes}
+
+    def operations(self, micro_batches: int) -> dict[str, int]:
+        """Operations of a step, by primitive."""
+        names = {**self.micro_batch.operations, **self.update.operations}
+        return {name: micro_batches * self.micro_batch.operations.get(name, 0) + self.update.operations.get(name, 0) for name in names}
+
+
+def plan_step(model: nn.Module, parameters: CKKSParameters, packing: Packing, settings: TrainingSettings) -> StepPlan:
+    """The plan of a training step of `model`, which gets the adapter of `settings` (pass a model of your own)."""
+    session = CountingSession(parameters, packing)
+    backend = session.backend
+    run = TrainingRun(session, model, settings)
+    fresh = backend.fresh(session.top)
+    run.load(replace(fresh, batch_shape=(run.layout.count,)))
+    ask = (lambda logits: fresh) if settings.loss_location == "client" else None
+    blocks = replace(fresh, batch_shape=(packing.blocks(run.model.config.hidden_size),))
+
+    def measured() -> Part:
+        part = Part(backend.log.operations(), dict(backend.seconds), tuple(backend.refreshes))
+        rotations.update({step: max(level, rotations.get(step, 0)) for step, level in backend.rotation_levels.items()})
+        backend.reset()
+        return part
+
+    rotations: dict[int, int] = {}
+    updates = []
+    for step in (1, 2):
+        backend.reset()
+        run.prepare()
+        before = measured()
+        run.micro_batch(MicroBatch(blocks, fresh, fresh, fresh), ask)
+        micro_batch = measured()
+        gradient = run.gradient(settings.sequences)
+        if settings.optimizer_location == "server":
+            run.load(*run.update(gradient, step))
+        else:
+            run.load(replace(fresh, batch_shape=(run.layout.count,)))
+        updates.append(_sum(before, measured()))
+    return StepPlan(rotations, micro_batch, max(updates, key=lambda part: sum(part.seconds.values())))
+
+
+def _sum(a: Part, b: Part) -> Part:
+    return Part(dict(Counter(a.operations) + Counter(b.operations)), dict(Counter(a.seconds) + Counter(b.seconds)), a.refreshes + b.refreshes)

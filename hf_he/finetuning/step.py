@@ -1,0 +1,120 @@
+"""What one training step computes, wherever it runs: on a server's ciphertexts, on the simulator, or on a backend that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_he.autograd import Loss
+from hf_he.backends import Ciphertext
+from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
+from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
+from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer
+from hf_he.finetuning.protocol import TrainingSettings
+from hf_he.finetuning.schedule import learning_rate
+from hf_he.ops.operand import Operand
+from hf_he.peft import HELoraConfig
+from hf_he.tensor import EncryptedSession, state_tensor
+
+Ask = Callable[[Ciphertext], Ciphertext]
+
+
+def adapted_model(model: nn.Module, settings: TrainingSettings) -> nn.Module:
+    """`model` as a PEFT model with a fresh adapter of these settings; the classifier is trained too (`modules_to_save`)."""
+    from peft import get_peft_model
+
+    config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), modules_to_save=["classifier"], task_type="SEQ_CLS")
+    return get_peft_model(model, config).eval()
+
+
+def make_optimizer(settings: TrainingSettings) -> Optimizer:
+    """The optimiser of these settings, for ciphertexts and for arrays."""
+    if settings.optimizer == "sgd":
+        return SGD(settings.momentum, settings.weight_decay, settings.divisor)
+    return AdamWHE(settings.beta1, settings.beta2, settings.eps, settings.divisor, settings.weight_decay)
+
+
+def make_loss(settings: TrainingSettings, num_labels: int) -> CrossEntropy | MeanSquaredError:
+    """Cross-entropy of classes, squared error of a single output."""
+    return MeanSquaredError() if num_labels == 1 else CrossEntropy(num_labels, settings.loss_bound, settings.loss_degree)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed batch: ciphertexts [blocks], [1], [1], [1]; the mask is an array [1, slots] where masks are public."""
+
+    embeddings: Ciphertext = field(repr=False)
+    attention_mask: Ciphertext | np.ndarray = field(repr=False)
+    labels: Ciphertext = field(repr=False)
+    sequence_weights: Ciphertext = field(repr=False)
+
+
+class TrainingRun:
+    """A model with an encrypted adapter and its optimiser on one session. `load` before anything else."""
+
+    def __init__(self, session: EncryptedSession, model: nn.Module, settings: TrainingSettings) -> None:
+        self.session, self.settings = session, settings
+        self.model = adapted_model(model, settings)
+        self.num_labels = self.model.config.num_labels
+        self.layout = AdapterLayout.of(self.model, session.packing)
+        self.optimizer = make_optimizer(settings)
+        self.loss = make_loss(settings, self.num_labels)
+        self.adapter: EncryptedAdapter | None = None
+        self.state: dict[str, Ciphertext] = {}
+        self._installed = False
+
+    def load(self, weights: Ciphertext, state: dict[str, Ciphertext] | None = None) -> None:
+        """Go on from dense weights [count] and the optimiser's state; None begins it. Nothing is computed yet."""
+        if self.adapter is None:
+            self.adapter = EncryptedAdapter(self.session, self.model, self.layout, weights)
+        self.adapter.replace(weights)
+        self.state = self.optimizer.init(self.adapter) if state is None else state
+        self._installed = False
+
+    def prepare(self) -> None:
+        """Give the model its weights, without gradients: the first thing of a step. Refreshes the dense weights where they are exhausted."""
+        if not self._installed:
+            self.adapter.install()
+            self._installed = True
+
+    def micro_batch(self, batch: MicroBatch, ask: Ask | None = None) -> Ciphertext:
+        """Forward and backward; the gradients stay in the adapter. Returns the encrypted logits [blocks].
+
+        With `ask` the loss gradient with respect to the logits comes from there instead of from the encrypted labels.
+        """
+        session = self.session
+        mask = session.attention_mask(self._mask(batch))
+        logits = self.model(embedding_output=session.hidden_state(batch.embeddings), attention_mask=mask).logits
+        if ask is None:
+            labels = session.labels(batch.labels, batch.sequence_weights, self.num_labels)
+            Loss.apply(logits, labels, self.loss.gradient).backward()
+        else:
+            gradient = state_tensor(Operand(session, self.num_labels, ask(logits.ciphertext), pooled=True))
+            torch.autograd.backward([logits], [gradient])
+        return logits.ciphertext
+
+    def gradient(self, sequences: int) -> Ciphertext:
+        """gradient_gain times the dense gradient [count] of the mean loss over `sequences` examples, out of the micro-batches since `prepare`."""
+        return self.adapter.collect(self.optimizer.gradient_gain / sequences)
+
+    def forget(self) -> None:
+        """Drop the gradients of an unfinished step."""
+        self._installed = False
+
+    def update(self, gradient: Ciphertext, step: int) -> tuple[Ciphertext, dict[str, Ciphertext]]:
+        """Weights and optimiser state after step `step`; nothing is installed."""
+        settings = self.settings
+        rate = learning_rate(settings.schedule, settings.learning_rate, step, settings.steps, settings.warmup_steps)
+        return self.optimizer.step(self.session, self.adapter.dense, gradient, self.state, rate, step)
+
+    def _mask(self, batch: MicroBatch) -> Ciphertext:
+        """The mask as a ciphertext; a public one as a noiseless encryption that hides nothing."""
+        mask, backend = batch.attention_mask, self.session.backend
+        if isinstance(mask, Ciphertext):
+            return mask
+        zero = backend.take(batch.embeddings, slice(0, 1))
+        return backend.add_plain(backend.subtract(zero, zero), backend.encode(mask, zero.level, zero.scale))
