@@ -26,7 +26,8 @@ def required_rotations(config: Any, packing: Packing, lora_rank: int = 0, traini
     if packing.features != hidden:
         raise ShapeError(f"the packing has {packing.features} features per ciphertext, the model {hidden}: use Packing.fit(slots, {hidden}, tokens)")
     steps = _attention(config, packing) | reduce.rotations(packing)
-    steps |= linear.rotations(packing, hidden, hidden, hidden, hidden) | linear.rotations(packing, hidden, hidden)
+    inner = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    steps |= linear.rotations(packing, hidden, inner, inner, inner) | linear.rotations(packing, inner, hidden)
     steps |= linear.rotations(packing, hidden, wide) | linear.rotations(packing, wide, hidden)
     if training:
         if config.model_type in DECODERS or config.attention_kernel != "gaussian_kernel":
@@ -43,12 +44,12 @@ def required_rotations(config: Any, packing: Packing, lora_rank: int = 0, traini
 
 
 def _attention(config: Any, packing: Packing) -> set[int]:
-    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = packing.features // head_dim
     steps = attention.rotations(packing, heads)
     if config.attention_kernel == "power_softmax":
         steps |= power_softmax.rotations(packing, heads, divisor=config.power_softmax_divisor is not None)
     if config.model_type in DECODERS:
-        head_dim = packing.features // heads
         share = config.rope_parameters.get("partial_rotary_factor", 1.0)
         steps |= rotary.rotations(packing, int(head_dim * share))
     return steps

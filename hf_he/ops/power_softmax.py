@@ -100,37 +100,52 @@ def encrypted(
     causal: bool = False,
     levels: AttentionLevels | None = None,
 ) -> Ciphertext:
-    """Power-softmax attention of one feature block [1]; the result is at levels.value - 1, with a reciprocal at levels.value - 2, canonical.
+    """Power-softmax attention [blocks], one feature block after another; the result is at levels.value - 1, with a reciprocal at
+    levels.value - 2, canonical.
 
-    `mask`: [1] from `pack_attention_mask`; padding goes on the right in a causal model, whose row i counts i + 1 keys, and otherwise the mask
-    carries the counts where the form has any (`pack_attention_mask(mask, packing, power)`). The scores take two levels from levels.query and one
-    more under a mask, the powers ceil(log2(power)), the reciprocal's input one. What has too few left is refreshed: the score
-    ciphertexts, the one of the row sums. Rotations: those of Gaussian-kernel attention and about 2 log2(head_dim) + log2(T).
+    `mask`: [1] from `pack_attention_mask`. A causal model with padding on the right needs none, and with one its row i counts i + 1 keys;
+    otherwise the mask carries the counts where the form has any (`pack_attention_mask(mask, packing, power)`). The scores take two levels from
+    levels.query and one more under a mask, the powers ceil(log2(power)), the reciprocal's input one. What has too few left is refreshed: the
+    score ciphertexts, the one of the row sums. Rotations: those of Gaussian-kernel attention and about 2 log2(head_dim) + log2(T).
 
-    Raises ShapeError for other widths than the packing's, and for eps on the sum of rows whose number of valid keys is encrypted.
+    Raises ShapeError for widths that are no whole blocks, and for eps on the sum of rows whose number of valid keys is encrypted.
     """
-    for name, operand in (("query", query), ("key", key), ("value", value)):
-        if operand.features != context.packing.features:
-            raise ShapeError(f"the {name} has {operand.features} features, the packing {context.packing.features} per ciphertext: attention needs them equal")
     if mask is not None and not causal and form.divisor is None and not form.length_agnostic:
         raise ShapeError("eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True, or pass no mask")
-    backend, layout = context.backend, ScoreLayout(context.packing, heads)
     levels = levels or form.default_levels(causal or mask is not None)
-    q, k, v = attention.project(query, key, value, replace(levels, value=levels.value - 1))
+    own = replace(levels, value=levels.value - 1)
+    layout = ScoreLayout(context.packing, attention.block_heads(query, heads))
+    factors = _Factors(context, layout, form, approximation, mask, causal)
+    blocks = attention.by_block(query, key, value, own)
+    return attention.joined(context, [_block(context, layout, *attention.project(*operands, own), scaling, factors, levels) for operands in blocks])
+
+
+def _block(
+    context: OperationContext,
+    layout: ScoreLayout,
+    q: Ciphertext,
+    k: Ciphertext,
+    v: Ciphertext,
+    scaling: float,
+    factors: _Factors,
+    levels: AttentionLevels,
+) -> Ciphertext:
+    """One feature block, [1]."""
+    backend, form = context.backend, factors.form
     with backend.log.measure("attention"):
         rotated_k = backend.rotate(k, attention.baby_steps(layout))
         rotated_v = backend.rotate(v, attention.baby_steps(layout))
-        factors = _Factors(context, layout, form, approximation, mask, causal)
         scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling * factors.uniform)
         wanted = form.depth + levels.value + 1
-        x = _ensured(context, factors.apply(scores, wanted), wanted, form.depth)
+        x = factors.apply(scores, wanted)
+        x = context.ensure_level(x, wanted if wanted <= context.top else form.depth)
         powers = power(context, x, form.power)
         weights = context.ensure_level(powers, levels.value + 1)
         out = attention.weighted_sum(context, layout, weights, rotated_v)
         if form.divisor is not None:
             return out
-        mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, approximation, factors.counts)
-        inverse = evaluate_reciprocal(context, mapped, approximation, out.level)
+        mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, factors.approximation, factors.counts)
+        inverse = evaluate_reciprocal(context, mapped, factors.approximation, out.level)
         return context.product(out, backend.match_level(inverse, out.level))
 
 
@@ -147,7 +162,7 @@ def power(context: OperationContext, x: Ciphertext, exponent: int) -> Ciphertext
 
 
 class _Factors:
-    """m_ij (g / n_i)^(1 / p): `uniform` is the part that the scores get with their scaling, the rest one multiplication, if any."""
+    """What scores are multiplied by, m_ij (g / n_i)^(1 / p): `uniform` goes with their scaling, the rest is one multiplication, if any."""
 
     def __init__(
         self,
@@ -159,7 +174,8 @@ class _Factors:
         causal: bool,
     ) -> None:
         tokens = layout.packing.tokens
-        self._context, self._layout, self._form, self._mask, self._causal = context, layout, form, mask, causal
+        self._context, self._layout, self._mask, self._causal = context, layout, mask, causal
+        self.form, self.approximation = form, approximation
         self.counts = np.ones(tokens)
         if form.counts and causal:
             self.counts = np.arange(1.0, tokens + 1.0)
@@ -171,8 +187,8 @@ class _Factors:
     def apply(self, scores: Ciphertext, wanted: int) -> Ciphertext:
         """(scores + shift) under the mask; one level, unless there is no mask. Refreshed before that when no level is left."""
         context, backend = self._context, self._context.backend
-        if self._form.shift:
-            scores = backend.add_scalar(scores, self._form.shift * self.uniform)
+        if self.form.shift:
+            scores = backend.add_scalar(scores, self.form.shift * self.uniform)
         if self._mask is None and not self._causal:
             return scores
         if scores.level < 1:
@@ -180,7 +196,7 @@ class _Factors:
         layout, tokens = self._layout, self._layout.packing.tokens
         pairs = causal_pairs(tokens) if self._causal else np.ones((tokens, tokens))
         pairs = pairs * self._shares[:, None]
-        tag = ("row factors", layout, self._causal, self._form.counts, self._form.power)
+        tag = ("row factors", layout, self._causal, self.form.counts, self.form.power)
         if self._mask is None:
             return context.multiply_constant(scores, tag, lambda: placed(layout, pairs))
         mask = backend.drop_level(context.ensure_level(backend.take(self._mask, 0), scores.level + 1), scores.level + 1)
@@ -196,10 +212,6 @@ def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rot
     rotated_q = backend.rotate(q, attention.giant_steps(layout, -1))
     for g in range(layout.giants):
         yield backend.multiply(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
-
-
-def _ensured(context: OperationContext, ct: Ciphertext, wanted: int, least: int) -> Ciphertext:
-    return context.ensure_level(ct, wanted if wanted <= context.top else least)
 
 
 def _mapped_row_sums(
