@@ -24,6 +24,9 @@ Backend = Annotated[str, typer.Option("--backend", help="auto, native or simulat
 Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
 PolicyParameters = Annotated[str | None, typer.Option("--parameters", help="Parameter set; see `hf-he env`. Default: n14, with bootstrapping n16-bootstrap.")]
 Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter for the decoder.")]
+Context = Annotated[int, typer.Option("--context", min=1, help="Token lanes of a ciphertext, a power of two: the longest prompt.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of prompt and text together; default: --context.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -51,9 +54,13 @@ def keygen(
     backend: Backend = "auto",
     parameters: PolicyParameters = None,
     bootstrapping: Annotated[bool, typer.Option("--bootstrapping", help="Also keys for servers with --refresh bootstrap (gigabytes).")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Keys for a decoder behind `hf-he serve --generate`.")] = False,
+    context: Context = 64,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Generate the keys a model needs."""
-    _load("files").keygen(model, out, backend, parameters, bootstrapping)
+    generation = {"context": context, "max_tokens": max_tokens} if generate else None
+    _load("files").keygen(model, out, backend, parameters, bootstrapping, generation)
 
 
 @app.command()
@@ -101,10 +108,40 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8765,
     finetune: Annotated[Path | None, typer.Option(help="Train adapters on encrypted examples; checkpoints go to this folder. Also under torchrun.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Serve a decoder to `hf-he generate` and hf_he.encrypted_generate.")] = False,
+    adapter: Adapter = None,
+    context: Context = 64,
+    max_tokens: MaxTokens = None,
     announce: Annotated[bool, typer.Option("--announce", hidden=True)] = False,
 ) -> None:
     """Serve a model to clients that hold the matching secret key. The server holds evaluation keys only."""
-    _load("files").serve(model, evaluation_keys, backend, refresh, host, port, finetune, announce)
+    generation = {"adapter": adapter, "context": context, "max_tokens": max_tokens} if generate else None
+    _load("files").serve(model, evaluation_keys, backend, refresh, host, port, finetune, announce, generation)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to go on with.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
+    model: Model = None,
+    backend: Backend = "auto",
+    parameters: PolicyParameters = None,
+    kernel: Annotated[str, typer.Option(help="Which shipped decoder: gaussian_kernel or power_softmax.")] = "gaussian_kernel",
+    adapter: Adapter = None,
+    select: Annotated[str, typer.Option(help="Who picks the tokens: client, or server (encrypted argmax, small vocabularies).")] = "client",
+    refresh: Refresh = "client",
+    context: Context = 64,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature instead of taking the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens that make up this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Generate text on ciphertexts in a server process with an encrypted cache, and compare with the plaintext polynomial model."""
+    sampling = {name: value for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if value is not None}
+    options = {"adapter": adapter, "select": select, "refresh": refresh, "context": context, "sampling": sampling, "seed": seed}
+    agrees = _load("generate").generate(prompt, max_new_tokens, model, backend, parameters, kernel, json_output, **options)
+    raise typer.Exit(0 if agrees else 1)
 
 
 @app.command()

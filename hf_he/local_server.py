@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -20,25 +20,31 @@ STOP_SECONDS = 10.0
 
 
 @contextmanager
-def local_server(model: str | Path, evaluation_keys: str | Path, refresh: str = "client") -> Iterator[RemoteServer]:
-    """A server process with `model` and an evaluation-key file only, on a free port of 127.0.0.1; it ends with the block.
+def local_server(model: str | Path, evaluation_keys: str | Path, refresh: str = "client", arguments: Sequence[str] = ()) -> Iterator[RemoteServer]:
+    """A server process with `model` and an evaluation-key file only, on a free port of 127.0.0.1; it ends with the block. `arguments`: more of
+    `hf-he serve`.
 
     An error while starting (corrupt keys, unknown model, ...) is raised here as its own class.
     """
-    with local_servers(model, evaluation_keys, refresh) as (server,):
+    with local_servers(model, evaluation_keys, refresh, arguments=arguments) as (server,):
         yield server
 
 
 @contextmanager
 def local_servers(
-    model: str | Path, evaluation_keys: str | Path, refresh: str = "client", finetune: str | Path | None = None, processes: int = 1
+    model: str | Path,
+    evaluation_keys: str | Path,
+    refresh: str = "client",
+    finetune: str | Path | None = None,
+    processes: int = 1,
+    arguments: Sequence[str] = (),
 ) -> Iterator[list[RemoteServer]]:
     """As `local_server`; with `finetune`, training servers that keep their checkpoints in that folder, `processes` of them under torchrun."""
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command += ["hf_he", "serve", "--model", str(model), "--evaluation-keys", str(evaluation_keys), "--refresh", refresh, "--port", "0", "--announce"]
-    command += [] if finetune is None else ["--finetune", str(finetune)]
+    command += [*arguments] if finetune is None else ["--finetune", str(finetune), *arguments]
     with tempfile.TemporaryFile() as log, ExitStack() as stack:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:

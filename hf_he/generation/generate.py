@@ -32,6 +32,7 @@ def encrypted_generate(
     server: InferenceServer | None = None,
     token_streamer: BaseStreamer | None = None,
     progress: Progress | None = None,
+    select: str = "client",
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Prompts [B', L], padded on the left if at all, and the tokens chosen after them: [B', L + new].

@@ -15,11 +15,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hf_he.checkpoints import default_model
+from hf_he.checkpoints import default_decoder, default_model
 from hf_he.ckks.parameters import parameter_set
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
-from hf_he.errors import CorruptFileError, DataError, HEError
+from hf_he.errors import CorruptFileError, DataError, HEError, ParameterError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_server
 from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, error_to_json
@@ -41,11 +42,16 @@ from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import read_file, write_file
 
 
-def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, bootstrapping: bool) -> None:
-    """Write secret.key, public.key and evaluation.keys into `out`."""
+def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, bootstrapping: bool, generation: dict[str, Any] | None = None) -> None:
+    """Write secret.key, public.key and evaluation.keys into `out`; `generation`: the options of a GenerationClient, for a decoder."""
     parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else DEFAULT_PARAMETERS)
     parameter_set(parameters)
-    client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
+    if generation is None:
+        client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
+    else:
+        from hf_he.generation.client import GenerationClient
+
+        client = GenerationClient.from_pretrained(model or default_decoder(), backend=backend, parameters=parameters, **generation)
     prepare_kernels(client.backend)
     start = time.perf_counter()
     with progress_bar("Generating keys") as progress:
@@ -110,8 +116,19 @@ def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool) -> 
     print_summary(data)
 
 
-def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str, host: str, port: int, finetune: Path | None, announce: bool) -> None:
-    """Serve a model until interrupted; with `finetune`, train it on encrypted examples and keep the checkpoints there.
+def serve(
+    model: Path | None,
+    evaluation_keys: Path,
+    backend: str,
+    refresh: str,
+    host: str,
+    port: int,
+    finetune: Path | None,
+    announce: bool,
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """Serve a model until interrupted; with `finetune`, train it on encrypted examples and keep the checkpoints there; with `generation`, the options of
+    a GenerationServer, a decoder.
 
     `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes. Under torchrun every rank is a server of its own, on the
     next port; the first one names all of them.
@@ -137,7 +154,13 @@ def serve(model: Path | None, evaluation_keys: Path, backend: str, refresh: str,
         keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if backend != "auto" and backend_class(backend).name != keys.backend:
             raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
-        if finetune is None:
+        if finetune is not None and generation is not None:
+            raise ParameterError("a server either trains or generates: leave --finetune or --generate out")
+        if generation is not None:
+            from hf_he.generation.server import GenerationServer
+
+            server = GenerationServer(model or default_decoder(), keys, refresh=refresh, **generation)
+        elif finetune is None:
             server = Server(model or default_model(), keys, refresh=refresh)
         else:
             from hf_he.finetuning.server import FinetuneServer

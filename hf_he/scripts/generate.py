@@ -1,0 +1,176 @@
+"""`hf-he generate`: text from a prompt on ciphertexts, the server a process of its own with an encrypted cache and without the secret key."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoTokenizer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from hf_he.checkpoints import default_decoder
+from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS
+from hf_he.errors import DataError, ParameterError
+from hf_he.generation.client import GenerationClient
+from hf_he.generation.generate import encrypted_generate
+from hf_he.generation.session import Generation
+from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
+from hf_he.local_server import local_server
+from hf_he.scripts.display import console, count_progress, print_json, progress_bar, say
+from hf_he.scripts.kernels import prepare_kernels
+
+KERNELS = ("gaussian_kernel", "power_softmax")
+SELECTIONS = ("client", "server")
+
+
+def generate(
+    prompt: str,
+    max_new_tokens: int,
+    model: Path | None,
+    backend: str,
+    parameters: str | None,
+    kernel: str,
+    json_output: bool,
+    *,
+    adapter: Path | None,
+    select: str,
+    refresh: str,
+    context: int,
+    sampling: dict[str, float],
+    seed: int,
+) -> bool:
+    """Run and print; False when a token differs from the one that polynomial mode picks."""
+    for name, value, allowed in (("--kernel", kernel, KERNELS), ("--select", select, SELECTIONS)):
+        if value not in allowed:
+            raise ParameterError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    directory = model or default_decoder(kernel)
+    tokenizer = _tokenizer(directory)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if not 1 <= length <= context:
+        raise DataError(f"the prompt has {length} tokens, 1 to {context} fit: shorten it, or raise --context")
+    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
+    limits = {"adapter": adapter, "context": context, "max_tokens": max(context, length + max_new_tokens - 1)}
+    client = GenerationClient.from_pretrained(directory, backend=backend, parameters=parameters, **limits)
+    prepare_kernels(client.backend)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": bool(sampling), **sampling, "pad_token_id": tokenizer.pad_token_id or 0}
+
+    torch.manual_seed(seed)
+    expected = client.model.generate(**inputs, **settings)[0, length:].tolist()
+    streamer = None if json_output else TextStreamer(tokenizer)
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory(prefix="hf-he-generate-") as folder:
+        sizes, seconds = _write_keys(client, folder, refresh)
+        keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
+        say(f"keys: {keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds:.1f} s")
+        arguments = ["--generate", "--context", str(context), "--max-tokens", str(client.max_tokens)]
+        arguments += [] if adapter is None else ["--adapter", str(adapter)]
+        with local_server(directory, Path(folder) / EVALUATION_FILE, refresh, arguments) as server:
+            say(f"server: a process with the model and the evaluation-key file only, at {server.url}")
+            client.server = server
+            start = time.perf_counter()
+            tokens = _run(client, inputs, settings, select, streamer)[0, length:].tolist()
+            seconds = time.perf_counter() - start
+            cache = client.last.store()
+    data = _report(client, client.last, prompt, tokenizer, inputs["input_ids"][0].tolist(), tokens, expected, len(cache))
+    if json_output:
+        print_json(data)
+    else:
+        _print(data, client.last, seconds)
+    return tokens == expected
+
+
+def _run(client: GenerationClient, inputs: dict[str, torch.Tensor], settings: dict[str, Any], select: str, streamer: BaseStreamer | None) -> torch.Tensor:
+    arguments = {"custom_generate": encrypted_generate, "client": client, "token_streamer": streamer, "select": select}
+    if streamer is not None:
+        return client.model.generate(**inputs, **settings, **arguments)
+    with progress_bar("Generating on ciphertexts") as progress:
+        task = progress.task_ids[0]
+
+        class Ticker(BaseStreamer):
+            done = -1
+
+            def put(self, value: torch.Tensor) -> None:
+                self.done += 1
+                progress.update(task, completed=self.done, total=settings["max_new_tokens"], note=f"{self.done} tokens")
+
+            def end(self) -> None:
+                pass
+
+        return client.model.generate(**inputs, **settings, **arguments | {"token_streamer": Ticker()})
+
+
+def _write_keys(client: GenerationClient, folder: str, refresh: str) -> tuple[dict[str, int], float]:
+    """Fresh keys in `folder`; the client keeps its own half only."""
+    start = time.perf_counter()
+    with progress_bar(f"Generating keys ({client.backend.name})") as progress:
+        keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap")
+        sizes = keys.save(folder)
+    client.use_keys(replace(keys, evaluation=None))
+    return sizes, time.perf_counter() - start
+
+
+def _report(
+    client: GenerationClient, generation: Generation, prompt: str, tokenizer: Any, before: list[int], tokens: list[int], expected: list[int], cache: int
+) -> dict[str, Any]:
+    """The JSON contract of `hf-he generate --json`. Per token: of the tokens after the first, which comes with the prompt; null when there are none.
+    `bootstraps_per_token` counts refreshes, which are round trips where the client does them."""
+    steps = generation.reports[1:]
+    operations: Counter[str] = Counter()
+    for report in steps:
+        operations.update(report["operations"])
+    return {
+        "backend": client.backend.name,
+        "prompt": prompt,
+        "tokens": tokens,
+        "text": tokenizer.decode(before + tokens, skip_special_tokens=True),
+        "tokens_polynomial": expected,
+        "seconds_per_token": _mean([report["seconds"] for report in steps]),
+        "bootstraps_per_token": _mean([report["refreshes"] + report["bootstraps"] for report in steps]),
+        "operations_per_token": {name: count / len(steps) for name, count in sorted(operations.items())},
+        "cache_bytes": cache,
+        "max_logit_error": generation.max_logit_error,
+    }
+
+
+def _print(data: dict[str, Any], generation: Generation, seconds: float) -> None:
+    prompt = generation.reports[0]
+    table = Table(show_header=False, title="Generation on ciphertexts")
+    table.add_column()
+    table.add_column(justify="right")
+    refreshed = "bootstraps" if prompt["bootstraps"] else "round trips to the client"
+    table.add_row("backend", data["backend"])
+    table.add_row("security", f"{prompt['security_bits']} bits" + (", were this not the simulator" if data["backend"] == "simulator" else ""))
+    table.add_row("tokens", str(len(data["tokens"])))
+    table.add_row("prompt", f"{prompt['seconds']:.2f} s, {prompt['refreshes'] + prompt['bootstraps']} {refreshed}")
+    if data["seconds_per_token"] is not None:
+        table.add_row("each further token", f"{data['seconds_per_token']:.2f} s, {data['bootstraps_per_token']:.1f} {refreshed}")
+        names = ("rotate", "multiply", "multiply_plain", "rescale")
+        table.add_row("operations per token", ", ".join(f"{data['operations_per_token'].get(name, 0):,.0f} {name}" for name in names))
+    table.add_row("total", f"{seconds:.2f} s")
+    table.add_row("encrypted cache", f"{data['cache_bytes'] / 1e6:.2f} MB")
+    table.add_row("sent, received", f"{generation.sizes['sent'] / 1e6:.2f} MB, {generation.sizes['received'] / 1e6:.2f} MB")
+    if data["max_logit_error"] is not None:
+        table.add_row("largest logit error", f"{data['max_logit_error']:.1e}")
+    console.print(table)
+    if data["tokens"] == data["tokens_polynomial"]:
+        console.print("the same tokens as in plaintext polynomial mode", style="bold")
+    else:
+        console.print(f"plaintext polynomial mode picks other tokens: {data['tokens_polynomial']}, not {data['tokens']}", style="red")
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
