@@ -7,10 +7,10 @@ stay in NTT domain and Montgomery form; automorphisms pass through coefficients,
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -259,10 +259,20 @@ class FheliumBackend(HEBackend):
         return self._with_plain(a, b, operation)
 
     def _add_scalar(self, a: Ciphertext, value: float) -> torch.Tensor:
-        values = torch.full((self.parameters.slots,), value, dtype=torch.float64, device=self.device)
-        constant = self._engine.encode(values, depth=self._depth(a.level), scale=a.scale)
-        constant = self._engine.prepare_plaintext_for_addition(constant, polynomial_domain="ntt")
-        return self._like(self._engine.add_plaintext(self._value(a), constant).data, a.batch_shape)
+        """The integer round(value * scale) modulo each prime, in Montgomery form: products have scales beyond int64."""
+        integer = round(value * a.scale)
+        moduli = self._moduli[-(a.level + 1) :].tolist()
+        ones = self._one[-(a.level + 1) :].tolist()
+        constant = torch.tensor([integer * one % q for one, q in zip(ones, moduli, strict=True)], dtype=torch.int64, device=self.device)
+        result = a.payload.clone()
+        result[0] = (result[0] + constant[:, None]).remainder_(self._moduli[-(a.level + 1) :, None])
+        return result
+
+    @cached_property
+    def _one(self) -> torch.Tensor:
+        """[limbs] the constant 1 in Montgomery form."""
+        ones = self._engine.encode(torch.ones(self.parameters.slots, dtype=torch.float64, device=self.device), depth=0, scale=1.0)
+        return self._engine.prepare_plaintext_for_addition(ones, polynomial_domain="ntt").data[:, 0]
 
     # ---- products ----
     def _multiply(self, a: Ciphertext, b: Ciphertext) -> torch.Tensor:

@@ -43,7 +43,9 @@ def _packed(name: str, data: torch.Tensor, moduli: tuple[int, ...]) -> dict[str,
     return arrays
 
 
-def _unpacked(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...] | None, moduli: tuple[int, ...], degree: int, device: torch.device) -> torch.Tensor:
+def _unpacked(
+    arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...] | None, moduli: tuple[int, ...], degree: int, device: torch.device
+) -> torch.Tensor:
     """The inverse; `shape` of the leading axes, or None for any. Raises ValueError or CorruptFileError."""
     rows = []
     for k, modulus in enumerate(moduli):

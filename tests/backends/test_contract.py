@@ -151,6 +151,8 @@ def test_scalars(party):
     assert scaled.scale == ct.scale * 2.0**20
     party.check(scaled, 3 * x)
     party.check(he.add_scalar(scaled, 0.5), 3 * x + 0.5)
+    product = he.add_scalar(he.multiply(ct, ct), -0.25)
+    party.check(he.rescale(he.relinearize(product)), x * x - 0.25)
 
 
 def test_linear_combination(party):
