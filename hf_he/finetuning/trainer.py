@@ -133,6 +133,11 @@ class EncryptedTrainer:
         return self._opened().model
 
     @property
+    def ranks(self) -> int:
+        """Server processes that share each step."""
+        return self.args.processes if self._servers is None else len(self._servers)
+
+    @property
     def report(self) -> dict[str, Any] | None:
         """The server's measurements of the steps of this process, added up."""
         return merge_reports(self.reports) if self.reports else None

@@ -67,7 +67,7 @@ def _encrypted(recipe: Any, args: Any, urls: list[str] | None, resume: bool, jso
         trainer.train(resume_from_checkpoint=resume)
     folder = trainer.save_model()
     data, details = report_of(trainer, say)
-    plot_losses(trainer, details, trainer.folder / "losses.png")
+    plot_losses(data["losses"], data["losses_polynomial"], trainer.folder / "losses.png")
     if json_output:
         print_json(data)
         return
