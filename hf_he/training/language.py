@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from hf_he.corpora import load_documents
 from hf_he.data import SPLITS
@@ -206,6 +206,7 @@ class LanguagePipeline:
         )
         dataset = BlockDataset(rows, self.stress, text_rows, stress_rows)
         trainer = LanguageTrainer(model=model, args=arguments, train_dataset=dataset, penalty=penalty, penalty_weight=stage.penalty)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
         if self.state.is_main_process:
