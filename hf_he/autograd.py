@@ -56,6 +56,17 @@ def _keeps(context: OperationContext) -> bool:
     return getattr(context, "activations", "keep") == "keep"
 
 
+def _saved(ctx: Any) -> tuple[EncryptedTensor, ...]:
+    """The saved tensors; gradient checkpointing runs the forward for them again, which takes over torch's functions as it did before."""
+    with torch._C._EnableTorchFunction():
+        return ctx.saved_tensors
+
+
+def _alias(gradient: EncryptedTensor) -> EncryptedTensor:
+    """Another tensor of the same ciphertexts: the engine keeps one per input."""
+    return EncryptedTensor(gradient.operand, tuple(gradient.shape), gradient.kind)
+
+
 def _like(operand: Operand, ct: Any) -> EncryptedTensor:
     return state_tensor(Operand(operand.context, operand.features, ct, operand.pooled))
 
@@ -90,7 +101,7 @@ class EncryptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
-        (out_features, in_features), (saved, weight) = ctx.shape, ctx.saved_tensors
+        (out_features, in_features), (saved, weight) = ctx.shape, _saved(ctx)
         dx = dw = None
         if weights.orientation(ctx.shape) == "rows":
             numbers, state, n = weights.Spread(gradient.operand), saved.operand, out_features
@@ -118,7 +129,7 @@ class AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
         db = EncryptedTensor(weights.bias_gradient(gradient.operand), (gradient.operand.features,), BIAS) if ctx.needs_input_grad[1] else None
-        return gradient if ctx.needs_input_grad[0] else None, db
+        return _alias(gradient) if ctx.needs_input_grad[0] else None, db
 
 
 class Sum(torch.autograd.Function):
@@ -132,7 +143,7 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
-        return tuple(gradient if needed else None for needed in ctx.needs_input_grad)
+        return tuple(_alias(gradient) if needed else None for needed in ctx.needs_input_grad)
 
 
 class Product(torch.autograd.Function):
@@ -145,7 +156,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
-        a, b = ctx.saved_tensors
+        a, b = _saved(ctx)
         others = (b, a)
         return tuple(
             state_tensor(arithmetic.scaled(gradient.operand, other.operand)) if needed else None
@@ -162,7 +173,7 @@ class AddNumber(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
-        return gradient, None
+        return _alias(gradient), None
 
 
 class MultiplyNumber(torch.autograd.Function):
@@ -193,7 +204,7 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None, None]:
-        (saved,), context = ctx.saved_tensors, gradient.session
+        (saved,), context = _saved(ctx), gradient.session
         if saved.kind == KEPT:
             mapped = saved.operand.value
         else:
@@ -216,7 +227,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
         weight, _, eps, approximation, _, centre = ctx.layer
-        (saved,) = ctx.saved_tensors
+        (saved,) = _saved(ctx)
         if saved.kind == KEPT:
             statistics = saved.operand.value()
         else:
@@ -281,7 +292,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, ...]:
-        (saved,) = ctx.saved_tensors
+        (saved,) = _saved(ctx)
         batch, tokens, heads, head_dim = gradient.shape
         needs = ctx.needs_input_grad[:3]
         found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs))
@@ -302,5 +313,5 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, seed: torch.Tensor) -> tuple[Gradient, None, None]:
-        logits, labels = ctx.saved_tensors
+        logits, labels = _saved(ctx)
         return EncryptedTensor(ctx.gradient(logits.session, logits.operand, labels.operand), *ctx.source), None, None
