@@ -6,12 +6,19 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test style quality bench clean
+.PHONY: help install demo test test-fhelium style quality bench clean
+
+# FHElium needs Python 3.12, a C++ compiler and, with FHELIUM_BACKENDS=CPU+CUDA, the CUDA toolkit of torch's major version.
+PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python; do $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
+FHELIUM_VENV := .venv-fhelium
+FHELIUM_BACKENDS ?= CPU
+FHELIUM := fhelium==0.30.0
 
 help:
 	@echo "make install   set up .venv with hf_he and everything it needs"
 	@echo "make demo      encrypt real review sentences, classify them on ciphertexts, decrypt (ARGS='--backend simulator --seed 1')"
 	@echo "make test      the whole test suite"
+	@echo "make test-fhelium   contract suite and a small demo with the FHElium backend, in an environment of its own (5 GB with torch's CUDA libraries)"
 	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 40 minutes)"
 	@echo "make style     format and fix;   make quality   check only"
 
@@ -30,6 +37,20 @@ demo: $(STAMP)
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
+$(FHELIUM_VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/fhelium.txt requirements/fhelium-build.txt
+	@test -n "$(PYTHON312)" || { echo "FHElium needs Python 3.12: install it, or run make PYTHON312=/path/to/python3.12 test-fhelium"; exit 1; }
+	@$(PYTHON312) -m venv $(FHELIUM_VENV)
+	@echo "Installing into $(FHELIUM_VENV) and compiling FHElium for $(FHELIUM_BACKENDS) (about ten minutes)"
+	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[serve,test]'
+	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements/fhelium.txt -r requirements/fhelium-build.txt
+	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
+	@touch $@
+
+test-fhelium: $(FHELIUM_VENV)/.installed
+	@$(FHELIUM_VENV)/bin/python -m pytest -q tests/backends/test_contract.py -k fhelium $(ARGS)
+	@$(FHELIUM_VENV)/bin/hf-he demo --backend fhelium --num-sentences 2
+
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -43,4 +64,4 @@ bench: $(STAMP)
 	@$(BIN)/hf-he bench report --peers .bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FHELIUM_VENV) out .pytest_cache .ruff_cache
