@@ -8,11 +8,14 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM, RangeTracker
 
-WORDS = ["<eos>", "<unk>", *"the a old sea ship wind sailed sank rose and to on by night day cold dark long far home".split()]
+WORDS = [
+    "<eos>", "<unk>", "the", "a", "old", "sea", "ship", "wind", "sailed", "sank", "rose", "and", "to", "on", "by", "night",
+    "day", "cold", "dark", "long", "far", "home",
+]  # fmt: skip
 KERNELS = {
     "gaussian": {"attention_kernel": "gaussian_kernel"},
     "power": {"attention_kernel": "power_softmax", "power_softmax_eps": 0.5},
-    "divisor": {"attention_kernel": "power_softmax", "power_softmax_shift": 1.0, "power_softmax_divisor": 40.0},
+    "divisor": {"attention_kernel": "power_softmax", "power_softmax_shift": 1.0, "power_softmax_divisor": 4000.0},
 }
 
 

@@ -1,0 +1,186 @@
+"""Generation on the simulator through transformers' `generate`: the same tokens as the plaintext polynomial model, whatever picks them."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_decoder import WORDS, save_tiny_decoder
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, StoppingCriteria, pipeline
+from transformers.generation.streamers import BaseStreamer
+
+from hf_he import GenerationClient, GenerationServer, encrypted_generate
+from hf_he.errors import GenerationError, ModelMismatchError, ParameterError, RangeError, ShapeError
+from hf_he.generation.plan import plan_generation
+
+PROMPT = "the old sea ship"
+
+
+class Rig:
+    """A saved tiny decoder with its client and server."""
+
+    def __init__(self, directory, kernel="gaussian", context=16, max_tokens=None, adapter=None, **options):
+        self.directory = save_tiny_decoder(directory, kernel=kernel, **options)
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.directory, padding_side="left")
+        limits = {"context": context, "max_tokens": max_tokens, "adapter": adapter}
+        self.client = GenerationClient.from_pretrained(self.directory, backend="simulator", **limits)
+        self.keys = self.client.keygen()
+        self.client.server = GenerationServer(self.directory, self.keys.evaluation, **limits)
+
+    def generate(self, texts=PROMPT, model=None, encrypted=True, new=4, **options):
+        model = model or self.model
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=not isinstance(texts, str))
+        custom = {"custom_generate": encrypted_generate, "client": self.client} if encrypted else {}
+        return model.generate(**inputs, **{"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, **options, **custom})
+
+    def check(self, texts=PROMPT, model=None, **options):
+        plain, encrypted = (self.generate(texts, model, encrypted=encrypted, **options) for encrypted in (False, True))
+        assert plain.tolist() == encrypted.tolist()
+        assert self.client.last.max_logit_error < 1e-3
+        return encrypted
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    return Rig(tmp_path_factory.mktemp("decoder"))
+
+
+class TestTokens:
+    def test_greedy(self, rig):
+        rig.check(new=6)
+
+    @pytest.mark.parametrize("kernel", ["power", "divisor"])
+    def test_power_softmax(self, tmp_path, kernel):
+        Rig(tmp_path, kernel).check()
+
+    def test_two_layers_one_after_the_other(self, tmp_path):
+        Rig(tmp_path, num_hidden_layers=2, use_parallel_residual=False).check(new=3)
+
+    def test_several_prompts_of_different_lengths(self, rig):
+        rig.check(["the old sea ship", "a dark night", "wind"])
+
+    def test_more_tokens_than_lanes(self, tmp_path):
+        rig = Rig(tmp_path, context=4, max_tokens=10)
+        tokens = rig.check(["the old sea ship", "a dark night"], new=7)
+        assert tokens.shape[1] - 1 == rig.client.max_tokens
+        assert [len(layer.keys) for layer in rig.client.server._generations[rig.client.last.name].cache.layers] == [3]
+
+    def test_sampling_with_temperature_top_k_and_top_p(self, rig):
+        drawn = []
+        for encrypted in (False, True):
+            torch.manual_seed(3)
+            drawn.append(rig.generate(encrypted=encrypted, do_sample=True, temperature=1.7, top_k=12, top_p=0.95, new=6).tolist())
+        assert drawn[0] == drawn[1] != rig.generate(encrypted=False, new=6).tolist()
+
+    def test_logits_processors_and_stopping_criteria(self, rig):
+        class Forbid(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                scores[:, 6] = -float("inf")
+                return scores
+
+        class Stop(StoppingCriteria):
+            def __call__(self, input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), input_ids.shape[1] >= 7)
+
+        tokens = rig.check(new=8, logits_processor=[Forbid()], stopping_criteria=[Stop()], repetition_penalty=1.3)
+        assert tokens.shape[1] == 7 and 6 not in tokens[0, 4:]
+
+    def test_finished_sequences_are_padded(self, rig):
+        first = rig.generate(["the old sea ship", "cold day"], encrypted=False, new=1)[:, -1]
+        assert first[0] != first[1]
+        tokens = rig.check(["the old sea ship", "cold day"], eos_token_id=int(first[0]), new=3)
+        assert tokens[0, -2:].tolist() == [int(first[0]), 0]
+
+    def test_scores_and_logits_on_request(self, rig):
+        plain, encrypted = (
+            rig.generate(encrypted=encrypted, return_dict_in_generate=True, output_scores=True, output_logits=True) for encrypted in (False, True)
+        )
+        assert torch.equal(plain.sequences, encrypted.sequences)
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(torch.stack(getattr(plain, name)), torch.stack(getattr(encrypted, name)), atol=1e-3, rtol=0)
+
+    def test_streaming(self, rig):
+        class Collect(BaseStreamer):
+            def __init__(self):
+                self.seen, self.ended = [], False
+
+            def put(self, value):
+                self.seen += value.reshape(-1).tolist()
+
+            def end(self):
+                self.ended = True
+
+        streamer = Collect()
+        tokens = rig.generate(token_streamer=streamer)
+        assert streamer.ended and streamer.seen == tokens[0].tolist()
+
+    def test_pipeline(self, rig):
+        generator = pipeline("text-generation", model=rig.model, tokenizer=rig.tokenizer)
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        plain = generator(PROMPT, **options)
+        assert generator(PROMPT, custom_generate=encrypted_generate, client=rig.client, **options) == plain
+
+
+def test_plain_adapters_are_merged(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_decoder(tmp_path / "model"))
+    torch.manual_seed(1)
+    tuned = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["query_key_value"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    rig = Rig(tmp_path / "model", adapter=tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(rig.model, tmp_path / "adapter").eval()
+    before = GenerationClient.from_pretrained(rig.directory, backend="simulator", context=16)
+    assert before.model_fingerprint != rig.client.model_fingerprint
+    rig.check(model=adapted)
+    with pytest.raises(ModelMismatchError):
+        before.use_keys(rig.keys)
+        before.begin([[2, 3]], rig.client.server)
+
+
+class TestRefusals:
+    def test_beams(self, rig):
+        with pytest.raises(ParameterError, match="beam"):
+            rig.generate(num_beams=2)
+
+    def test_another_model(self, rig):
+        other = AutoModelForCausalLM.from_config(type(rig.model.config)(**{**rig.model.config.to_dict(), "vocab_size": 99, "mode": "exact"}))
+        with pytest.raises(ModelMismatchError, match="another model"):
+            rig.generate(model=other)
+
+    def test_prompts_that_do_not_fit(self, rig):
+        with pytest.raises(ShapeError, match="1 to 16 tokens"):
+            rig.client.begin([[1] * 17])
+        with pytest.raises(ShapeError, match="sequence lanes"):
+            rig.client.begin([[1]] * (rig.client.packing.sequences + 1))
+
+    def test_a_full_cache(self, rig):
+        generation = rig.client.begin([[2] * 16])
+        with pytest.raises(GenerationError, match="fill the cache"):
+            generation.step([3])
+
+    def test_values_out_of_range_are_refused_before_anything_is_sent(self, tmp_path):
+        rig = Rig(tmp_path)
+        entries = {name: dict(entry) for name, entry in rig.client.model.config.approximations.items()}
+        entries["gpt_neox.layers.0.mlp.act"]["interval"] = [-0.01, 0.01]
+        rig.client.model.set_approximations(entries)
+        rig.client.server = None
+        with pytest.raises(RangeError, match=r"layers\.0\.mlp\.act"):
+            rig.client.begin([[2, 3]], server=GenerationServer.__new__(GenerationServer))
+
+    def test_no_server(self, tmp_path):
+        rig = Rig(tmp_path)
+        rig.client.server = None
+        with pytest.raises(ParameterError, match="no server"):
+            rig.client.begin([[2, 3]])
+
+
+def test_cost_per_token_hardly_grows_with_the_context(rig):
+    parameters, packing = rig.client.backend.parameters, type(rig.client.packing)
+    plans = [plan_generation(rig.model, parameters, packing.fit(parameters.slots, 16, tokens)) for tokens in (16, 32, 64)]
+    counts = [plan.tokens[0].operations for plan in plans]
+    assert np.diff([count["rotate"] for count in counts]).tolist() == [1, 1]
+    assert len({count["multiply"] for count in counts}) == len({len(plan.tokens[0].refreshes) for plan in plans}) == 1
+    assert len(WORDS) == rig.model.config.vocab_size
