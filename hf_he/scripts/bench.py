@@ -39,6 +39,33 @@ def linear(json_output: Json = False, quick: Quick = False, peers: Peers = DEFAU
 
 
 @app.command()
+def attention(
+    json_output: Json = False,
+    quick: Quick = False,
+    tokens: Annotated[str, typer.Option(help="Lengths to run natively, separated by commas.")] = "32,128",
+    priced: Annotated[str, typer.Option(help="Lengths to price with bootstraps, without running them.")] = "32,128,1024",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that every operator gets.")] = 3,
+) -> None:
+    """Power softmax and Gaussian kernel beside a softmax, the attention operator alone."""
+    from hf_he.bench.attention import measure, paper_ratios
+    from hf_he.bench.attention import priced as price_all
+    from hf_he.scripts.display import progress_bar
+
+    run, counted = ([8], [32]) if quick else ([int(n) for n in tokens.split(",")], [int(n) for n in priced.split(",")])
+    with progress_bar("Measuring (the first run also compiles kernels)") as progress:
+
+        def announce(text: str) -> None:
+            progress.update(progress.task_ids[0], note=text)
+
+        data = {
+            "measured": [row for length in run for row in measure(length, rounds, announce=announce)],
+            "priced": [row for length in counted for row in price_all(length, announce)],
+            "paper": paper_ratios(counted),
+        }
+    _show_attention(data, json_output)
+
+
+@app.command()
 def report(
     out: Annotated[Path, typer.Option(help="Folder for results.json, primitives.png and, if it has the markers, README.md.")] = Path("recipes/benchmarks"),
     quick: Quick = False,
@@ -130,3 +157,27 @@ def _show(data: dict[str, Any], json_output: bool) -> None:
         console.print(table)
     for entry in data["absent"]:
         say(f"not measured: {NAMES[entry['library']]}, {entry['what']}: {entry['reason']}")
+
+
+def _show_attention(data: dict[str, Any], json_output: bool) -> None:
+    from rich.table import Table
+
+    from hf_he.scripts.display import console, print_json
+
+    if json_output:
+        print_json(data)
+        return
+    titles = {
+        "measured": "Measured natively; refreshes are counted, not timed",
+        "priced": "Priced for one core, bootstraps included",
+        "paper": "Zimerman et al. (arXiv 2410.09457, v2), one A100",
+    }
+    columns = ["operator", "tokens", "sequences", "head_dim", "parameters", "seconds", "refreshed", "max_error", "ratio"]
+    for part, title in titles.items():
+        present = [name for name in columns if data[part] and name in data[part][0]]
+        table = Table(title=title)
+        for name in present:
+            table.add_column(name.replace("_", " "), justify="left" if name == "operator" else "right")
+        for row in data[part]:
+            table.add_row(*(f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in present))
+        console.print(table)
