@@ -118,7 +118,7 @@ class Client:
     def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
         """Fresh keys for exactly the rotations this model needs, and for bootstrapping if asked. `keys.evaluation` is what a server gets."""
         plan = make_plan(self.model, self.backend.parameters, self.packing)
-        self.use_keys(Keys.generate(self.backend, set(plan.rotations), progress, bootstrapping=bootstrapping))
+        self.use_keys(Keys.generate(self.backend, plan.rotations, progress, bootstrapping=bootstrapping))
         return self._keys
 
     @property

@@ -6,7 +6,7 @@ A key folder holds `secret.key` (mode 0600), `public.key`, `evaluation.keys` and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ class ServerKeys:
             raise SecretKeyOnServerError(f"{what} was handed a secret-key file: give it {EVALUATION_FILE} instead, and keep {SECRET_FILE} with the client")
         backend = get_backend(name, parameters)
         evaluation = backend.deserialize(data, "evaluation_keys")
-        if bootstrapping and not isinstance(source, _BYTES) and backend.capabilities()["bootstrap"]:
+        del data
+        if bootstrapping and isinstance(source, str | Path) and backend.capabilities()["bootstrap"]:
             evaluation = backend.load_bootstrapping_keys(evaluation, Path(source).parent / BOOTSTRAPPING_FOLDER)
         return cls(name, parameters, evaluation)
 
@@ -84,37 +85,51 @@ class Keys:
         return self.secret.key_id
 
     @classmethod
-    def generate(cls, backend: HEBackend, rotations: set[int], progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
-        """Fresh keys whose evaluation half covers `rotations`, and bootstrapping if asked for; `progress(done, total)` counts keys.
+    def generate(
+        cls,
+        backend: HEBackend,
+        rotations: Iterable[int] | Mapping[int, int],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        bootstrapping: bool = False,
+    ) -> Keys:
+        """Fresh keys whose evaluation half covers `rotations` (steps, or steps with their highest level), and bootstrapping if asked for.
 
-        Raises BackendUnavailableError when the backend or its parameters cannot bootstrap.
+        `progress(done, total)` counts keys. Raises BackendUnavailableError when the backend or its parameters cannot bootstrap.
         """
-        if bootstrapping and not backend.capabilities()["bootstrap"]:
-            raise BackendUnavailableError(
-                f"the {backend.name} backend does not bootstrap with these parameters: use --refresh client, or a parameter set that bootstraps (`hf-he env`)"
-            )
+        if bootstrapping:
+            _check_bootstraps(backend)
         secret = backend.generate_secret_key()
         public = backend.generate_public_key(secret)
         options = {"bootstrapping": True} if bootstrapping else {}
         evaluation = backend.generate_evaluation_keys(secret, rotations, progress=progress, **options)
         return cls(backend, secret, public, ServerKeys(backend.name, backend.parameters, evaluation))
 
-    def save(self, folder: str | Path) -> dict[str, int]:
-        """Write the key files; returns their sizes in bytes. The folder is created with mode 0700 and the secret key with 0600."""
+    def save(self, folder: str | Path, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> dict[str, int]:
+        """Write the key files; returns their sizes in bytes. The folder is created with mode 0700 and the secret key with 0600.
+
+        With `bootstrapping`, keys that have none are completed on disk: made and written one after another, gigabytes that are never in memory.
+        """
         folder = Path(folder)
+        held = self.evaluation is not None and self.evaluation.evaluation.bootstrapping is not None
+        if bootstrapping and not held:
+            _check_bootstraps(self.backend)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        sizes: dict[str, int] = {}
-        files = {PUBLIC_FILE: self.backend.serialize(self.public)}
-        if self.evaluation is not None:
-            evaluation = self.evaluation.evaluation
-            if evaluation.bootstrapping is not None:
-                sizes[BOOTSTRAPPING_FOLDER] = self.backend.save_bootstrapping_keys(evaluation, folder / BOOTSTRAPPING_FOLDER)
-            files[EVALUATION_FILE] = self.backend.serialize(replace(evaluation, bootstrapping=None))
         secret = self.backend.serialize(self.secret, allow_secret=True)
         write_file(folder / SECRET_FILE, secret, secret=True)
-        for name, data in files.items():
-            write_file(folder / name, data)
-        return {SECRET_FILE: len(secret)} | {name: len(data) for name, data in files.items()} | sizes
+        public = self.backend.serialize(self.public)
+        write_file(folder / PUBLIC_FILE, public)
+        sizes = {SECRET_FILE: len(secret), PUBLIC_FILE: len(public)}
+        if self.evaluation is not None:
+            evaluation = self.backend.serialize(replace(self.evaluation.evaluation, bootstrapping=None))
+            write_file(folder / EVALUATION_FILE, evaluation)
+            sizes[EVALUATION_FILE] = len(evaluation)
+            del evaluation
+        if held:
+            sizes[BOOTSTRAPPING_FOLDER] = self.backend.save_bootstrapping_keys(self.evaluation.evaluation, folder / BOOTSTRAPPING_FOLDER)
+        elif bootstrapping:
+            sizes[BOOTSTRAPPING_FOLDER] = self.backend.write_bootstrapping_keys(self.secret, folder / BOOTSTRAPPING_FOLDER, progress)
+        return sizes
 
     @classmethod
     def load(cls, folder: str | Path, with_evaluation: bool = False) -> Keys:
@@ -133,6 +148,13 @@ class Keys:
         if evaluation is not None and evaluation.key_id != secret.key_id:
             raise WrongKeyError(f"{folder} mixes keys {secret.key_id} and {evaluation.key_id}: make a new key folder with `hf-he keygen`")
         return cls(backend, secret, public, evaluation)
+
+
+def _check_bootstraps(backend: HEBackend) -> None:
+    if not backend.capabilities()["bootstrap"]:
+        raise BackendUnavailableError(
+            f"the {backend.name} backend does not bootstrap with these parameters: use --refresh client, or a parameter set that bootstraps (`hf-he env`)"
+        )
 
 
 def describe_key_file(data: bytes) -> tuple[str, str, CKKSParameters]:

@@ -21,9 +21,10 @@ from torch import nn
 
 from hf_he.backends.base import Plaintext
 from hf_he.backends.counting import CountingBackend
-from hf_he.ckks.bootstrapping.keys import rotation_steps
+from hf_he.ckks.bootstrapping.keys import rotation_limbs
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.parameters import CKKSParameters
+from hf_he.ckks.vector import packed_width
 from hf_he.ops import DECODERS, polynomial
 from hf_he.ops.attention import SCORE_DEPTH
 from hf_he.ops.norm import STATISTIC_DEPTH, inverse_root_depth, inverse_root_level
@@ -95,18 +96,24 @@ def make_plan(model: nn.Module, parameters: CKKSParameters, packing: Packing) ->
 def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:
     """Number of keys and their bytes in memory and in files, for the model and, where the parameters bootstrap, for bootstrapping.
 
-    In memory a residue takes 8 bytes; files hold one half of each key in ceil(b / 8) bytes per residue of a b-bit modulus, and a seed.
+    A key covers the moduli of the highest level of its use. In memory a residue takes 4, 6 or 7 bytes; files hold one half of each key in ceil(b / 8)
+    bytes per residue of a b-bit modulus, and a seed.
     """
 
-    def size(count: int, chain: tuple[int, ...]) -> dict[str, int]:
-        residues = -(-len(chain) // parameters.digit_size) * parameters.ring_degree
-        packed = sum(-(-modulus.bit_length() // 8) for modulus in (*chain, *parameters.special_moduli))
-        return {"count": count, "memory": 16 * count * residues * (len(chain) + len(parameters.special_moduli)), "files": count * residues * packed}
+    def size(limbs: list[int], chain: tuple[int, ...]) -> dict[str, int]:
+        total = {"count": len(limbs), "memory": 0, "files": 0}
+        for count in limbs:
+            residues = -(-count // parameters.digit_size) * parameters.ring_degree
+            covered = (*chain[:count], *parameters.special_moduli)
+            total["memory"] += 2 * residues * sum(map(packed_width, covered))
+            total["files"] += residues * sum(-(-modulus.bit_length() // 8) for modulus in covered)
+        return total
 
-    sizes = {"model": size(1 + len(plan.rotations), parameters.moduli)}
+    sizes = {"model": size([len(parameters.moduli), *(level + 1 for level in plan.rotations.values())], parameters.moduli)}
     if parameters.bootstrap_moduli:
-        # rotations of the transforms; relinearisation, conjugation, and the key from the sparse secret to the main one
-        sizes["bootstrapping"] = size(len(rotation_steps(BootstrapPlan(parameters))) + 3, parameters.full_moduli)
+        boot = BootstrapPlan(parameters)
+        # relinearisation, conjugation, the rotations of the transforms, and the key from the sparse secret to the main one
+        sizes["bootstrapping"] = size([boot.levels[0], boot.levels[0], boot.top, *rotation_limbs(boot).values()], parameters.full_moduli)
     return sizes
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +62,17 @@ class Plaintext:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationKeys:
-    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation and bootstrapping."""
+    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation and bootstrapping.
+
+    `levels`: the highest level at which a rotation can be used, where that is not the top.
+    """
 
     payload: Any = field(repr=False)
     key_id: str
     rotations: frozenset[int]
     conjugation: bool = False
     bootstrapping: Any = field(default=None, repr=False)
+    levels: Mapping[int, int] = field(default_factory=dict, repr=False)
 
 
 class HEBackend(ABC):
@@ -96,10 +100,11 @@ class HEBackend(ABC):
 
     @abstractmethod
     def generate_evaluation_keys(
-        self, secret_key: Any, rotations: Iterable[int], *, conjugation: bool = False, bootstrapping: bool = False, progress=None
+        self, secret_key: Any, rotations: Iterable[int] | Mapping[int, int], *, conjugation: bool = False, bootstrapping: bool = False, progress=None
     ) -> EvaluationKeys:
         """Relinearisation and Galois keys, and those of `bootstrap` (gigabytes). `progress`, if given, is called with (done, total).
 
+        `rotations` are steps, or steps with the highest level each is used at: a key takes less the lower its level.
         Raises BackendUnavailableError when bootstrapping keys are asked for and the backend or its parameters cannot bootstrap.
         """
 
@@ -348,6 +353,10 @@ class HEBackend(ABC):
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
         """Write the bootstrapping half of `keys`, which `serialize` refuses, into a folder; returns the bytes written."""
 
+    def write_bootstrapping_keys(self, secret_key: Any, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> int:
+        """Make the keys of `bootstrap` and write them one by one, as `save_bootstrapping_keys` would, without holding more than one in memory."""
+        raise BackendUnavailableError(f"the {self.name} backend does not bootstrap: use --refresh client")
+
     @abstractmethod
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
         """`keys` completed by what save_bootstrapping_keys wrote. Raises CorruptFileError, ParameterError or WrongKeyError."""
@@ -411,6 +420,17 @@ class HEBackend(ABC):
         if key.fingerprint != self.parameters.fingerprint:
             raise ParameterError("this key was generated for other CKKS parameters: use the parameter set named in its file, or generate new keys")
 
+    def _levels_of(self, rotations: Iterable[int] | Mapping[int, int]) -> dict[int, int]:
+        """Highest level of each rotation step asked for, in ascending order."""
+        top = self.parameters.max_level
+        asked = rotations.items() if isinstance(rotations, Mapping) else ((step, top) for step in rotations)
+        levels: dict[int, int] = {}
+        for step, level in asked:
+            self._check_level(level)
+            step = int(step) % self.parameters.slots
+            levels[step] = max(level, levels.get(step, 0))
+        return {step: levels[step] for step in sorted(levels.keys() - {0})}
+
     def _check_pair(self, a: Ciphertext, b: Ciphertext, same_scale: bool = False) -> None:
         if a.key_id != b.key_id:
             raise WrongKeyError("the two ciphertexts belong to different secret keys")
@@ -450,9 +470,16 @@ class HEBackend(ABC):
     def _check_steps(self, a: Ciphertext, steps: Sequence[int]) -> tuple[int, ...]:
         self._check_two(a)
         steps = tuple(int(s) % self.parameters.slots for s in steps)
-        missing = sorted({s for s in steps if s} - self._keys_for(a).rotations) if any(steps) else []
-        if missing:
-            raise MissingKeyError(f"no Galois key for rotation steps {missing}: list them when generating the evaluation keys")
+        if any(steps):
+            keys = self._keys_for(a)
+            missing = sorted({s for s in steps if s} - keys.rotations)
+            if missing:
+                raise MissingKeyError(f"no Galois key for rotation steps {missing}: list them when generating the evaluation keys")
+            low = sorted(s for s in set(steps) if keys.levels.get(s, a.level) < a.level)
+            if low:
+                raise MissingKeyError(
+                    f"the Galois keys for rotation steps {low} serve lower levels than {a.level} only: generate the evaluation keys for the levels of their use"
+                )
         return steps
 
 

@@ -126,4 +126,4 @@ class CountingBackend(HEBackend):
     _encode = _encrypt = _decrypt = _negate = _add_plain = _add_scalar = _multiply_integer = _nothing
     _linear_combination = _drop_level = _conjugate = _bootstrap = _take = _stack = _reshape = _nothing
     generate_secret_key = generate_public_key = generate_evaluation_keys = _nothing
-    serialize = deserialize = save_bootstrapping_keys = load_bootstrapping_keys = _nothing
+    serialize = deserialize = save_bootstrapping_keys = write_bootstrapping_keys = load_bootstrapping_keys = _nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks import files
 from hf_he.ckks.bootstrapping import files as bootstrapping_files
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
-from hf_he.ckks.bootstrapping.keys import BootstrappingKeys
+from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, generate_parts
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.context import context_for
 from hf_he.ckks.evaluator import Evaluator
@@ -59,7 +59,7 @@ class NativeBackend(HEBackend):
     def generate_evaluation_keys(
         self,
         secret_key: SecretKey,
-        rotations: Iterable[int],
+        rotations: Iterable[int] | Mapping[int, int],
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
@@ -67,21 +67,20 @@ class NativeBackend(HEBackend):
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
         extra = BootstrappingKeys.generate(BootstrapPlan(self.parameters), secret_key, progress) if bootstrapping else None
-        steps = frozenset(int(s) % self.parameters.slots for s in rotations) - {0}
-        elements = [self.context.galois_element(s) for s in sorted(steps)]
+        top, levels = self.parameters.max_level, self._levels_of(rotations)
+        limbs = {self.context.galois_element(step): level + 1 for step, level in levels.items()}
         if conjugation:
-            elements.append(self.context.conjugation_element)
-        keys = SwitchingKeys.generate(self.context, secret_key, elements, progress)
-        return EvaluationKeys(keys, secret_key.key_id, steps, conjugation, extra)
+            limbs[self.context.conjugation_element] = top + 1
+        keys = SwitchingKeys.generate(self.context, secret_key, limbs, progress)
+        lower = {step: level for step, level in levels.items() if level < top}
+        return EvaluationKeys(keys, secret_key.key_id, frozenset(levels), conjugation, extra, lower)
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
         """Use these keys. Raises SecretKeyOnServerError for a secret key, ParameterError for keys of another backend or parameter set."""
         refuse_secret_key(keys, "load_evaluation_keys")
-        context = self.context
         if not isinstance(keys.payload, SwitchingKeys):
             raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
-        residues = keys.payload.residues
-        if residues.shape[1:] != SwitchingKeys.shape(context, 1)[1:] or keys.payload.fingerprint != self.parameters.fingerprint:
+        if keys.payload.fingerprint != self.parameters.fingerprint:
             raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
         if keys.bootstrapping is not None and keys.bootstrapping.fingerprint != self.parameters.fingerprint:
             raise ParameterError("these bootstrapping keys were generated for other CKKS parameters: generate them again")
@@ -102,7 +101,7 @@ class NativeBackend(HEBackend):
         if isinstance(item, EvaluationKeys):
             if item.bootstrapping is not None:
                 raise ParameterError("bootstrapping keys take gigabytes: write them with save_bootstrapping_keys into a folder, and the others without them")
-            return files.write_switching_keys(self.context, item.payload, item.rotations, item.conjugation, item.key_id)
+            return files.write_switching_keys(self.context, item.payload, item.rotations, item.levels, item.conjugation, item.key_id)
         if isinstance(item, PublicKey):
             return files.write_public_key(self.context, item)
         if isinstance(item, SecretKey):
@@ -113,6 +112,11 @@ class NativeBackend(HEBackend):
 
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
         return bootstrapping_files.save(keys.bootstrapping, BootstrapPlan(self.parameters), keys.key_id, folder)
+
+    def write_bootstrapping_keys(self, secret_key: SecretKey, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> int:
+        self._check_fingerprint(secret_key)
+        plan = BootstrapPlan(self.parameters)
+        return bootstrapping_files.write(generate_parts(plan, secret_key, progress), plan, secret_key.key_id, folder)
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
         extra, key_id = bootstrapping_files.load(BootstrapPlan(self.parameters), folder)
@@ -125,8 +129,8 @@ class NativeBackend(HEBackend):
             values, seeds, level, scale, key_id = files.read_ciphertext(self.context, data)
             return Ciphertext(Residues(values, seeds), values.shape[:-3], level, scale, key_id, values.shape[-3])
         if kind == "evaluation_keys":
-            keys, rotations, conjugation, key_id = files.read_switching_keys(self.context, data)
-            return EvaluationKeys(keys, key_id, rotations, conjugation)
+            keys, rotations, levels, conjugation, key_id = files.read_switching_keys(self.context, data)
+            return EvaluationKeys(keys, key_id, rotations, conjugation, levels=levels)
         if kind == "public_key":
             return files.read_public_key(self.context, data)
         if kind == "secret_key":

@@ -17,7 +17,7 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,12 @@ ROUNDING_VARIANCE = 1.0 / 12.0
 BOOTSTRAP_NOISE = 2.0**-49.95
 """Error of a bootstrapped slot per N^(3/2) and per unit of q_0 / scale: rounding in the double angles at scale 2^50, N / 6 per slot, amplified and
 summed over the coefficients; fitted to the native engine at N = 2^11 and 2^16."""
-_ARRAYS = {"ciphertext": {"values": "float64", "noise": "float64"}, "evaluation_keys": {"rotations": "int64"}, "public_key": {}, "secret_key": {}}
+_ARRAYS = {
+    "ciphertext": {"values": "float64", "noise": "float64"},
+    "evaluation_keys": {"rotations": "int64", "levels": "int64"},
+    "public_key": {},
+    "secret_key": {},
+}
 """The arrays of each kind of file, by dtype."""
 
 
@@ -86,7 +91,7 @@ class SimulatorBackend(HEBackend):
     def generate_evaluation_keys(
         self,
         secret_key: SimulatorSecretKey,
-        rotations: Iterable[int],
+        rotations: Iterable[int] | Mapping[int, int],
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
@@ -95,10 +100,11 @@ class SimulatorBackend(HEBackend):
         self._check_fingerprint(secret_key)
         if bootstrapping and not self.capabilities()["bootstrap"]:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
-        steps = frozenset(int(s) % self.parameters.slots for s in rotations) - {0}
+        levels = self._levels_of(rotations)
         if progress is not None:
-            progress(len(steps), len(steps))
-        return EvaluationKeys(None, secret_key.key_id, steps, conjugation, secret_key.key_id if bootstrapping else None)
+            progress(len(levels), len(levels))
+        lower = {step: level for step, level in levels.items() if level < self.parameters.max_level}
+        return EvaluationKeys(None, secret_key.key_id, frozenset(levels), conjugation, secret_key.key_id if bootstrapping else None, lower)
 
     # ---- bytes ----
     def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
@@ -111,7 +117,8 @@ class SimulatorBackend(HEBackend):
             steps = np.array(sorted(item.rotations), dtype=np.int64)
             if item.bootstrapping is not None:
                 raise ParameterError("write bootstrapping keys with save_bootstrapping_keys into a folder, and the others without them")
-            return pack("evaluation_keys", {"rotations": steps}, {**metadata, "conjugation": str(int(item.conjugation))})
+            levels = np.array([item.levels.get(step, self.parameters.max_level) for step in steps.tolist()], dtype=np.int64)
+            return pack("evaluation_keys", {"rotations": steps, "levels": levels}, {**metadata, "conjugation": str(int(item.conjugation))})
         if isinstance(item, SimulatorPublicKey):
             return pack("public_key", {}, metadata)
         if isinstance(item, SecretKeyBase):
@@ -132,7 +139,16 @@ class SimulatorBackend(HEBackend):
             raise CorruptFileError(f"this {kind} file misses or garbles a field: write it again with this version of hf_he") from None
 
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
-        data = pack("bootstrapping_keys", {}, {"backend": self.name, "fingerprint": self.parameters.fingerprint, "key_id": keys.bootstrapping})
+        return self._write_bootstrapping_key(keys.bootstrapping, folder)
+
+    def write_bootstrapping_keys(self, secret_key: SimulatorSecretKey, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> int:
+        self._check_fingerprint(secret_key)
+        if not self.capabilities()["bootstrap"]:
+            raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
+        return self._write_bootstrapping_key(secret_key.key_id, folder)
+
+    def _write_bootstrapping_key(self, key_id: str, folder: str | Path) -> int:
+        data = pack("bootstrapping_keys", {}, {"backend": self.name, "fingerprint": self.parameters.fingerprint, "key_id": key_id})
         write_file(Path(folder) / "simulated.keys", data)
         return len(data)
 
@@ -153,7 +169,11 @@ class SimulatorBackend(HEBackend):
             steps = arrays["rotations"]
             if steps.ndim != 1 or (np.diff(steps, prepend=0) <= 0).any() or (steps >= self.parameters.slots).any() or metadata["conjugation"] not in ("0", "1"):
                 raise ValueError
-            return EvaluationKeys(None, key_id, frozenset(steps.tolist()), metadata["conjugation"] == "1")
+            levels, top = arrays["levels"], self.parameters.max_level
+            if levels.shape != steps.shape or ((levels < 0) | (levels > top)).any():
+                raise ValueError
+            lower = {step: level for step, level in zip(steps.tolist(), levels.tolist(), strict=True) if level < top}
+            return EvaluationKeys(None, key_id, frozenset(steps.tolist()), metadata["conjugation"] == "1", levels=lower)
         values, noise = arrays["values"].copy(), arrays["noise"].copy()
         level, scale, components = int(metadata["level"]), float.fromhex(metadata["scale"]), int(metadata["components"])
         if values.ndim < 1 or values.shape[-1] != self.parameters.slots or noise.shape != values.shape[:-1] or components not in (2, 3):

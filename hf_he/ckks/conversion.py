@@ -4,8 +4,8 @@ A ciphertext at level l has `limbs` = l + 1 rows; rows limbs..limbs+K-1 of the e
 `offset` further on in the chain. Digit j is the limbs j*alpha..(j+1)*alpha-1 that are present at this level.
 ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P.
 
-Keys are stored [key][modulus][N/8][digit][2][8]: one sequential stream per modulus. They are pulled back through their automorphism, so that
-the inner product runs on the un-rotated digits and one gather at the end rotates the result.
+A key is stored [modulus][N/8][digit][2][8], residues packed in 4, 6 or 7 bytes: one sequential stream per modulus. Keys are pulled back through
+their automorphism, so that the inner product runs on the un-rotated digits and one gather at the end rotates the result.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from hf_he.ckks.jit import kernel
 from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import WIDTH, add, fma, ld, mm, mul, prefetch, red, round_mul, sp, st
+from hf_he.ckks.vector import WIDTH, add, fma, ld, ld_packed, mm, mul, packed_width, prefetch, red, round_mul, sp, st
 
-AHEAD = 2048
-"""Doubles between a key's prefetch and its use: 16 KB. Without it a key from memory takes twice as long."""
+AHEAD = 16384
+"""Bytes between a key's prefetch and its use. Without it a key from memory takes twice as long."""
 
 
 class SwitchTables(NamedTuple):
@@ -37,6 +37,15 @@ class SwitchTables(NamedTuple):
     special_inverse: np.ndarray  # [L, 2]: P^-1 mod q
     last_inverse: np.ndarray  # [L, L, 2]: q_l^-1 mod q_k
     shifts: np.ndarray  # [M, 4]: 2^50 mod m with quotient, 2^25 mod m with quotient
+    widths: np.ndarray  # [M]: bytes per packed residue of a key
+
+
+class KeyTable(NamedTuple):
+    """Packed key-switching keys, one after another. Key i covers the first ciphertext moduli only, as many as its level needs, and the special ones."""
+
+    data: np.ndarray  # [bytes]
+    rows: np.ndarray  # [keys, M]: where the stream of each modulus begins, -1 for a modulus the key does not cover
+    digits: np.ndarray  # [keys]
 
 
 class Scratch(NamedTuple):
@@ -68,6 +77,7 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
         np.zeros((count, 2)),
         np.zeros((count, count, 2)),
         np.zeros((total, 4)),
+        np.array([packed_width(m) for m in chain]),
     )
 
     def pair(value: int, q: int) -> tuple[float, float]:
@@ -151,23 +161,26 @@ def convert_block(s, count, weights, modulus, q0, qi0, u, size):
 
 
 @kernel
-def inner_product(digits, at, row, dnum, key, a0, a1, q0, qi0, n):
-    """a0, a1 = sum_j digits[at + j*row:] * key[:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
+def inner_product(digits, at, row, dnum, keys, i, k, width, a0, a1, q0, qi0, n):
+    """a0, a1 = sum_j digits[at + j*row:] * key i modulo modulus k [:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
     q = sp(q0)
     qi = sp(qi0)
-    step = key.shape[1] * 2 * WIDTH
-    o = 0
+    key = keys.data
+    o = keys.rows[i, k]
+    group = WIDTH * width
+    skipped = 2 * (keys.digits[i] - dnum) * group
     for c in range(0, n, WIDTH):
         s0 = sp(0.0)
         s1 = sp(0.0)
         for j in range(dnum):
             x = ld(digits, at + j * row + c)
-            k0 = ld(key, o + 2 * j * WIDTH)
-            k1 = ld(key, o + (2 * j + 1) * WIDTH)
-            prefetch(key, o + 2 * j * WIDTH + AHEAD)
-            prefetch(key, o + (2 * j + 1) * WIDTH + AHEAD)
+            k0 = ld_packed(key, o, width)
+            k1 = ld_packed(key, o + group, width)
+            prefetch(key, o + AHEAD)
+            prefetch(key, o + group + AHEAD)
             s0 = add(s0, mm(x, k0, mul(k0, qi), q))
             s1 = add(s1, mm(x, k1, mul(k1, qi), q))
-        o += step
+            o += 2 * group
+        o += skipped
         st(a0, c, red(s0, q, qi))
         st(a1, c, red(s1, q, qi))

@@ -19,6 +19,7 @@ from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.memory import empty
 from hf_he.ckks.number_theory import centred
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform_into
+from hf_he.errors import MissingKeyError
 
 DECODE_MARGIN_BITS = 40
 
@@ -57,6 +58,11 @@ class Evaluator:
         coefficients = to_coefficients(values.reshape(-1, values.shape[-1]), scale)
         rows = self._to_rows(coefficients, level)
         return rows.reshape(*batch, level + 1, rows.shape[-1])
+
+    @_exclusive
+    def encode_coefficients(self, coefficients: np.ndarray, level: int) -> np.ndarray:
+        """[B, d] integer coefficients of polynomials in X^(N/d) (see encoder.to_coefficients) to compact residues [B, level + 1, S]."""
+        return self._to_rows(coefficients, level)
 
     def _to_rows(self, coefficients: np.ndarray, level: int) -> np.ndarray:
         context, limbs = self.context, level + 1
@@ -246,19 +252,26 @@ class Evaluator:
         return out.reshape(*a.shape[:-2], limbs - 1, n)
 
     # ---- key switching ----
+    def _key_index(self, keys: SwitchingKeys, elements: Sequence[int], identity: int, limbs: int) -> np.ndarray:
+        """[len(elements)] which keys to use, `identity` for element 1. Raises MissingKeyError for a key of a lower level: it has no such rows."""
+        index = np.array([keys.index[g] if g != 1 else identity for g in elements])
+        if (keys.limbs[index[index >= 0]] < limbs).any():
+            raise MissingKeyError(f"a key does not reach ciphertexts of {limbs} limbs: generate the evaluation keys for the levels they are used at")
+        return index
+
     def _switch(self, a: np.ndarray, source: int, addends: int, keys: SwitchingKeys, elements: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """[len(elements), B, 2, L, N], into `out` if given; element 1 stands for relinearisation."""
         context = self.context
         flat = _flat(a)
         if out is None:
             out = empty(len(elements), flat.shape[0], 2, *flat.shape[2:])
-        index = np.array([keys.index[g] if g != 1 else 0 for g in elements])
+        index = self._key_index(keys, elements, 0, flat.shape[2])
         if elements[0] == 1:
             permutations = np.empty((1, 0), dtype=np.int32)
         else:
             permutations = np.stack([context.permutation(g) for g in elements])
         keyswitch.switch_hoisted(
-            flat, source, addends, keys.residues, index, permutations, out, context.alpha, context.limbs - flat.shape[2],
+            flat, source, addends, keys.table, index, permutations, out, context.alpha, context.limbs - flat.shape[2],
             context.tables, context.switch, context.scratch, context.threads,
         )  # fmt: skip
         return out
@@ -301,10 +314,10 @@ class Evaluator:
         flat = np.ascontiguousarray(a).reshape(a.shape[0], -1, *a.shape[-3:])
         out = empty(*flat.shape[1:])
         elements = [context.galois_element(s) for s in steps]
-        index = np.array([keys.index[g] if g != 1 else -1 for g in elements])
+        index = self._key_index(keys, elements, -1, flat.shape[3])
         permutations = np.stack([context.permutation(g) for g in elements])
         keyswitch.switch_sum(
-            flat, keys.residues, index, permutations, out, context.alpha, context.limbs - flat.shape[3],
+            flat, keys.table, index, permutations, out, context.alpha, context.limbs - flat.shape[3],
             context.tables, context.switch, context.scratch, context.threads,
         )  # fmt: skip
         return out.reshape(a.shape[1:])

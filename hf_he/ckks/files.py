@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from hf_he.ckks.context import Context
-from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
+from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys, expand_half, key_chain, key_digits
 from hf_he.ckks.random import SEED_BYTES, uniform, uniform_into
 from hf_he.errors import CorruptFileError
 from hf_he.serialization import pack, pack_residues, unpack_for, unpack_residues
@@ -108,48 +109,75 @@ def read_ciphertext(context: Context, data: bytes) -> tuple[np.ndarray, np.ndarr
     return residues, None if seeds is None else seeds.copy(), level, scale, metadata["key_id"]
 
 
-def write_switching_keys(context: Context, keys: SwitchingKeys, rotations: frozenset[int], conjugation: bool, key_id: str) -> bytes:
-    """Relinearisation, rotation and (optionally) conjugation keys: the b-halves and the seeds of the a-halves."""
+def half_bytes(context: Context, limbs: int) -> int:
+    """Bytes of `pack_half` for a key of `limbs` ciphertext limbs."""
+    return key_digits(context, limbs) * context.ring_degree * sum(_width(context.chain[k]) for k in key_chain(context, limbs))
+
+
+def pack_half(context: Context, b: np.ndarray) -> np.ndarray:
+    """The b-half [digit, limbs + K, N] of a key, modulus after modulus, in ceil(bits/8) bytes per residue: [bytes] uint8."""
+    limbs = b.shape[1] - len(context.parameters.special_moduli)
+    return np.concatenate([_pack_rows(b[:, r], context.chain[k]).reshape(-1) for r, k in enumerate(key_chain(context, limbs))])
+
+
+def unpack_half(context: Context, packed: np.ndarray, limbs: int) -> np.ndarray:
+    """The inverse, of `half_bytes` bytes. Raises CorruptFileError for a residue that is none."""
+    chain = key_chain(context, limbs)
+    b = np.empty((key_digits(context, limbs), len(chain), context.ring_degree))
+    start = 0
+    for r, k in enumerate(chain):
+        width = _width(context.chain[k])
+        size = b.shape[0] * b.shape[2] * width
+        b[:, r] = unpack_residues(packed[start : start + size].reshape(b.shape[0], b.shape[2], width), context.chain[k])
+        start += size
+    return b
+
+
+def write_switching_keys(context: Context, keys: SwitchingKeys, rotations: frozenset[int], levels: Mapping[int, int], conjugation: bool, key_id: str) -> bytes:
+    """Relinearisation, rotation and (optionally) conjugation keys, each for its level: the b-halves and the seeds of the a-halves."""
     steps = sorted(rotations)
     chosen = [0, *(keys.index[context.galois_element(s)] for s in steps)]
     if conjugation:
         chosen.append(keys.index[context.conjugation_element])
-    arrays = {"rotations": np.array(steps, dtype=np.int64), "seeds": keys.seeds[chosen]}
-    for k, modulus in enumerate(context.chain):
-        packed = np.empty((len(chosen), context.dnum, context.ring_degree, _width(modulus)), dtype=np.uint8)
-        for i, key in enumerate(chosen):
-            packed[i] = _pack_rows(keys.half(key, k), modulus)
-        arrays[f"residues.{k}"] = packed
+    reached = [levels.get(s, context.limbs - 1) for s in steps]
+    arrays = {"rotations": np.array(steps, dtype=np.int64), "levels": np.array(reached, dtype=np.int64), "seeds": keys.seeds[chosen]}
+    arrays |= {_key_name(i): pack_half(context, keys.half(context, key)) for i, key in enumerate(chosen)}
     return pack("evaluation_keys", arrays, _metadata(context, key_id, conjugation=str(int(conjugation))))
 
 
-def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, frozenset[int], bool, str]:
-    """The inverse: keys with their uniform halves regenerated, rotations, conjugation, key id."""
+def _key_name(i: int) -> str:
+    return f"key.{i:05d}"
+
+
+def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, frozenset[int], dict[int, int], bool, str]:
+    """The inverse: keys with their uniform halves regenerated, rotations, levels of those below the top, conjugation, key id."""
     kind = "evaluation_keys"
     arrays, metadata = _open(context, data, kind)
     if metadata.get("conjugation") not in ("0", "1"):
         raise _garbled(kind, "the conjugation flag")
     conjugation = metadata["conjugation"] == "1"
-    _only(arrays, kind, len(context.chain), "rotations", "seeds")
     rotations = _array(arrays, "rotations", kind, np.int64, (None,))
     if (np.diff(rotations, prepend=0) <= 0).any() or (rotations >= context.parameters.slots).any():
         raise _garbled(kind, "the list of rotations")
-    steps = [int(s) for s in rotations]
-    count = 1 + len(steps) + conjugation
-    seeds = _array(arrays, "seeds", kind, np.uint8, (count, SEED_BYTES))
-    packed = [_array(arrays, f"residues.{k}", kind, np.uint8, (count, context.dnum, context.ring_degree, _width(q))) for k, q in enumerate(context.chain)]
+    levels = _array(arrays, "levels", kind, np.int64, rotations.shape)
+    if ((levels < 0) | (levels >= context.limbs)).any():
+        raise _garbled(kind, "the levels of the rotations")
+    steps = rotations.tolist()
+    limbs = [context.limbs, *(levels + 1).tolist(), *([context.limbs] * conjugation)]
+    names = [_key_name(i) for i in range(len(limbs))]
+    if set(arrays) != {"rotations", "levels", "seeds", *names}:
+        raise _garbled(kind, "its arrays")
+    seeds = _array(arrays, "seeds", kind, np.uint8, (len(limbs), SEED_BYTES))
+    packed = [_array(arrays, name, kind, np.uint8, (half_bytes(context, count),)) for name, count in zip(names, limbs, strict=True)]
     index = {context.galois_element(s): i + 1 for i, s in enumerate(steps)}
     if conjugation:
-        index[context.conjugation_element] = count - 1
-    keys = SwitchingKeys.allocate(context, count, index)
-    keys.seeds[:] = seeds
-    a, b = np.empty((2, context.dnum, len(context.chain), context.ring_degree))
-    for i in range(count):
-        for k, modulus in enumerate(context.chain):
-            b[:, k] = unpack_residues(packed[k][i], modulus)
-        keys.expand(context, i, a)
-        keys.fill(i, b, a)
-    return keys, frozenset(steps), conjugation, metadata["key_id"]
+        index[context.conjugation_element] = len(limbs) - 1
+    keys = SwitchingKeys(context, limbs, index)
+    for i, count in enumerate(limbs):
+        seed = seeds[i].tobytes()
+        keys.fill(context, i, seed, unpack_half(context, packed[i], count), expand_half(context, seed, count))
+    reached = {s: int(level) for s, level in zip(steps, levels, strict=True) if level < context.limbs - 1}
+    return keys, frozenset(steps), reached, conjugation, metadata["key_id"]
 
 
 def write_public_key(context: Context, key: PublicKey) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +11,10 @@ from numba import prange
 
 from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.context import Context
+from hf_he.ckks.conversion import KeyTable
 from hf_he.ckks.jit import KERNEL_LOCK, kernel
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
-from hf_he.ckks.vector import WIDTH, add, ld, mm, mul, red, sp, st, sub
+from hf_he.ckks.vector import WIDTH, add, ld, ld_packed, mm, mul, red, sp, st, st_packed, sub
 
 
 class SecretKey(SecretKeyBase):
@@ -53,73 +54,107 @@ class PublicKey:
         return cls(secret_key.key_id, context.parameters.fingerprint, seed, b, a)
 
 
-@dataclass(frozen=True, eq=False)
-class SwitchingKeys:
-    """Key-switching keys in one array [key, modulus, N/8, digit, 2, 8], the a-half of each expanded from its seed.
+def key_chain(context: Context, limbs: int) -> np.ndarray:
+    """[limbs + K] positions in the chain of the moduli that a key for `limbs` ciphertext limbs covers."""
+    return np.concatenate([np.arange(limbs), np.arange(context.limbs, len(context.chain))])
 
-    Key 0 relinearises; `index` maps a Galois element to its key, which is stored pulled back through the automorphism.
+
+def key_digits(context: Context, limbs: int) -> int:
+    """Digits of a key for `limbs` ciphertext limbs."""
+    return -(-limbs // context.alpha)
+
+
+def expand_half(context: Context, seed: bytes, limbs: int) -> np.ndarray:
+    """[digit, limbs + K, N]: the uniform half of a key."""
+    chain = key_chain(context, limbs)
+    out = np.empty((key_digits(context, limbs), len(chain), context.ring_degree))
+    for j, k in np.ndindex(out.shape[:2]):
+        uniform_into(seed, j * len(context.chain) + int(chain[k]), context.chain[chain[k]], out[j, k])
+    return out
+
+
+def switching_halves(context: Context, source: np.ndarray, target: np.ndarray, limbs: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """A fresh key from secret `target` to secret `source` (rows [M, N]) for ciphertexts of at most `limbs` limbs: seed, b, a [digit, limbs + K, N]."""
+    seed, chain = os.urandom(SEED_BYTES), key_chain(context, limbs)
+    a = expand_half(context, seed, limbs)
+    errors = context.forward(gaussian((len(a), context.ring_degree), Stream()), chain)
+    b = np.empty_like(a)
+    with context.lock:
+        _mask(a[None], errors[None], source[chain], target[chain], context.switch.special_factor[:limbs], context.alpha, b[None], context.tables.moduli[chain])
+    return seed, b, a
+
+
+class SwitchingKeys:
+    """Packed key-switching keys in memory, the a-half of each expanded from its seed.
+
+    Key 0 relinearises; `index` maps a Galois element to its key, which is stored pulled back through the automorphism. Key i serves ciphertexts of
+    at most `limbs[i]` limbs.
     """
 
-    residues: np.ndarray = field(repr=False)
-    seeds: np.ndarray = field(repr=False)
-    index: dict[int, int] = field(repr=False)
-    fingerprint: str
+    def __init__(self, context: Context, limbs: Sequence[int], index: dict[int, int]) -> None:
+        """Room for keys of these sizes."""
+        self.limbs = np.array(limbs, dtype=np.int64)
+        self.index = index
+        self.seeds = np.zeros((len(limbs), SEED_BYTES), dtype=np.uint8)
+        self.fingerprint = context.parameters.fingerprint
+        rows, size = np.full((len(limbs), len(context.chain)), -1, dtype=np.int64), 0
+        digits = np.array([key_digits(context, count) for count in limbs], dtype=np.int64)
+        for i, count in enumerate(limbs):
+            for k in key_chain(context, count):
+                rows[i, k] = size
+                size += 2 * digits[i] * context.ring_degree * context.switch.widths[k]
+        self.table = KeyTable(np.empty(size, dtype=np.uint8), rows, digits)
+
+    def __repr__(self) -> str:
+        return f"SwitchingKeys({len(self)} keys)"
+
+    def __len__(self) -> int:
+        return len(self.limbs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.table.data.nbytes
 
     @classmethod
     def generate(
-        cls, context: Context, secret_key: SecretKey, galois_elements: Sequence[int], progress: Callable[[int, int], None] | None = None
+        cls, context: Context, secret_key: SecretKey, galois_elements: Mapping[int, int], progress: Callable[[int, int], None] | None = None
     ) -> SwitchingKeys:
-        """Relinearisation and the given automorphisms."""
-        total = 1 + len(galois_elements)
-        keys = cls.allocate(context, total, {g: i + 1 for i, g in enumerate(galois_elements)})
-        rows = secret_key._rows
-        square = np.empty_like(rows)
-        with context.lock:
-            _square(rows, square, context.tables.moduli)
-        workspace = np.empty((2, context.dnum, len(context.chain), context.ring_degree))
-        for i in range(total):
-            keys.seeds[i] = np.frombuffer(os.urandom(SEED_BYTES), dtype=np.uint8)
-            if i == 0:
-                source, target = rows, square
-            else:
-                inverse = pow(galois_elements[i - 1], -1, 2 * context.ring_degree)
-                source, target = np.ascontiguousarray(rows[:, context.permutation(inverse)]), rows
-            a, b = workspace
-            keys.expand(context, i, a)
-            errors = context.forward(gaussian((context.dnum, context.ring_degree), Stream()), np.arange(len(context.chain)))
-            with context.lock:
-                _mask(a[None], errors[None], source, target, context.switch.special_factor, context.alpha, b[None], context.tables.moduli)
-            keys.fill(i, b, a)
+        """Relinearisation for the whole chain, and automorphisms: Galois element -> limbs of the largest ciphertext it is for."""
+        limbs = [context.limbs, *galois_elements.values()]
+        keys = cls(context, limbs, {g: i + 1 for i, g in enumerate(galois_elements)})
+        pairs = galois_secrets(context, secret_key, galois_elements)
+        for i, (source, target) in enumerate(pairs):
+            keys.fill(context, i, *switching_halves(context, source, target, limbs[i]))
             if progress is not None:
-                progress(i + 1, total)
+                progress(i + 1, len(keys))
         return keys
 
-    @classmethod
-    def allocate(cls, context: Context, count: int, index: dict[int, int]) -> SwitchingKeys:
-        """Room for `count` keys."""
-        return cls(np.empty(cls.shape(context, count)), np.zeros((count, SEED_BYTES), dtype=np.uint8), index, context.parameters.fingerprint)
-
-    @staticmethod
-    def shape(context: Context, count: int) -> tuple[int, ...]:
-        """Of the residues of `count` keys."""
-        return (count, len(context.chain), context.ring_degree // WIDTH, context.dnum, 2, WIDTH)
-
-    def expand(self, context: Context, i: int, out: np.ndarray) -> None:
-        """The uniform half of key i into out [digit, modulus, N]."""
-        seed = self.seeds[i].tobytes()
-        for j in range(context.dnum):
-            for k, modulus in enumerate(context.chain):
-                uniform_into(seed, j * len(context.chain) + k, modulus, out[j, k])
-
-    def fill(self, i: int, b: np.ndarray, a: np.ndarray) -> None:
-        """Store key i from its halves [digit, modulus, N]."""
+    def fill(self, context: Context, i: int, seed: bytes, b: np.ndarray, a: np.ndarray) -> None:
+        """Store key i from its seed and its halves [digit, limbs + K, N]."""
+        self.seeds[i] = np.frombuffer(seed, dtype=np.uint8)
         with KERNEL_LOCK:
-            _interleave(b, a, self.residues[i])
+            _pack(b, a, self.table, i, key_chain(context, int(self.limbs[i])), context.switch.widths)
 
-    def half(self, i: int, k: int) -> np.ndarray:
-        """The b-half of key i modulo modulus k: [digit, N]."""
-        part = self.residues[i, k, :, :, 0]
-        return np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(part.shape[1], -1)
+    def half(self, context: Context, i: int) -> np.ndarray:
+        """The b-half of key i: [digit, limbs + K, N]."""
+        chain = key_chain(context, int(self.limbs[i]))
+        out = np.empty((self.table.digits[i], len(chain), context.ring_degree))
+        with KERNEL_LOCK:
+            _unpack(self.table, i, chain, context.switch.widths, out)
+        return out
+
+
+def galois_secrets(context: Context, secret_key: SecretKey, galois_elements: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(source, target) of `switching_halves` for relinearisation, then for each automorphism: rows [M, N]."""
+    rows = secret_key._rows
+    square = np.empty_like(rows)
+    with context.lock:
+        _square(rows, square, context.tables.moduli)
+    yield rows, square
+    for element in galois_elements:
+        inverse = pow(element, -1, 2 * context.ring_degree)
+        yield np.ascontiguousarray(rows[:, context.permutation(inverse)]), rows
 
 
 @kernel(parallel=True)
@@ -152,12 +187,29 @@ def _square(x, out, moduli):
 
 
 @kernel(parallel=True)
-def _interleave(b, a, out):
-    """[digit, modulus, N] halves to [modulus, N/8, digit, 2, 8]."""
-    for k in prange(out.shape[0]):
-        digits = out.shape[2]
-        for i in range(out.shape[1]):
+def _pack(b, a, keys, i, chain, widths):
+    """[digit, modulus, N] halves to the streams of key i."""
+    digits, rows, n = b.shape
+    for r in prange(rows):
+        k = chain[r]
+        width = widths[k]
+        o = keys.rows[i, k]
+        for c in range(0, n, WIDTH):
             for j in range(digits):
-                at = (i * digits + j) * 2 * WIDTH
-                st(out[k], at, ld(b[j, k], i * WIDTH))
-                st(out[k], at + WIDTH, ld(a[j, k], i * WIDTH))
+                st_packed(keys.data, o, width, ld(b[j, r], c))
+                st_packed(keys.data, o + WIDTH * width, width, ld(a[j, r], c))
+                o += 2 * WIDTH * width
+
+
+@kernel(parallel=True)
+def _unpack(keys, i, chain, widths, b):
+    """The b-half of key i to [digit, modulus, N]."""
+    digits, rows, n = b.shape
+    for r in prange(rows):
+        k = chain[r]
+        width = widths[k]
+        o = keys.rows[i, k]
+        for c in range(0, n, WIDTH):
+            for j in range(digits):
+                st(b[j, r], c, ld_packed(keys.data, o, width))
+                o += 2 * WIDTH * width

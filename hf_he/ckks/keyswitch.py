@@ -121,7 +121,7 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
 
 
 @kernel
-def _special_rows(c, first, t, keys, alpha, offset, tables, scratch, threads):
+def _special_rows(c, first, t, keys, key, alpha, offset, tables, switch, scratch, threads):
     """Thread t's share of the special rows: digits (on the first step), inner product with the key, inverse transform."""
     limbs, row = c.shape[0], c.shape[1] + PAD
     rows = tables.moduli.shape[0] - offset
@@ -133,13 +133,13 @@ def _special_rows(c, first, t, keys, alpha, offset, tables, scratch, threads):
         if first:
             _digit_rows(c, r, alpha, offset, tables, scratch)
         dnum = (limbs + alpha - 1) // alpha
-        inner_product(digits, r * row, rows * row, dnum, keys[k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], c.shape[1])
+        inner_product(digits, r * row, rows * row, dnum, keys, key, k, switch.widths[k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], c.shape[1])
         inverse(x0, scratch.special[r - limbs], scratch.block[t], tables, k)
         inverse(x1, scratch.special[rows - 2 * limbs + r], scratch.block[t], tables, k)
 
 
 @kernel
-def _ciphertext_rows(c, source, addends, first, t, keys, permutation, out, alpha, offset, tables, switch, scratch, threads):
+def _ciphertext_rows(c, source, addends, first, t, keys, key, permutation, out, alpha, offset, tables, switch, scratch, threads):
     """Thread t's share of the ciphertext rows: digits (on the first step), inner product, division by P, addends, rotation."""
     limbs, n = c.shape[1], c.shape[2]
     row = n + PAD
@@ -152,7 +152,7 @@ def _ciphertext_rows(c, source, addends, first, t, keys, permutation, out, alpha
         if first:
             _digit_rows(c[source], k, alpha, offset, tables, scratch)
         dnum = (limbs + alpha - 1) // alpha
-        inner_product(digits, k * row, rows * row, dnum, keys[k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
+        inner_product(digits, k * row, rows * row, dnum, keys, key, k, switch.widths[k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
         _divide_row(y0, scratch.lifted[k], k, tables, switch, u, c[0, k], addends > 0, permutation, out[0, k])
         _divide_row(y1, scratch.lifted[limbs + k], k, tables, switch, u, c[1, k], addends > 1, permutation, out[1, k])
 
@@ -168,12 +168,12 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
     for b in range(c.shape[0]):
         mod_up(c[b, source], alpha, offset, tables, switch, scratch, threads)
         for step in range(key_index.size):
-            key, permutation, first = keys[key_index[step]], permutations[step], step == 0
+            key, permutation, first = key_index[step], permutations[step], step == 0
             for t in prange(threads):
-                _special_rows(c[b, source], first, t, key, alpha, offset, tables, scratch, threads)
+                _special_rows(c[b, source], first, t, keys, key, alpha, offset, tables, switch, scratch, threads)
             _lift(limbs, offset, tables, switch, scratch, threads)
             for t in prange(threads):
-                _ciphertext_rows(c[b], source, addends, first, t, key, permutation, out[step, b], alpha, offset, tables, switch, scratch, threads)
+                _ciphertext_rows(c[b], source, addends, first, t, keys, key, permutation, out[step, b], alpha, offset, tables, switch, scratch, threads)
 
 
 @kernel
@@ -230,7 +230,7 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                             _add_scaled(c[g, b, 1, r], switch.special_factor[r, 0], switch.special_factor[r, 1], a1, q, qi, a1, n)
                     else:
                         dnum = _digit_rows(c[g, b, 1], r, alpha, offset, tables, scratch)
-                        inner_product(digits, r * row, rows * row, dnum, keys[key_index[g], k], pair0, pair1, q, qi, n)
+                        inner_product(digits, r * row, rows * row, dnum, keys, key_index[g], k, switch.widths[k], pair0, pair1, q, qi, n)
                         if r < limbs:
                             _add_scaled(c[g, b, 0, r], switch.special_factor[r, 0], switch.special_factor[r, 1], pair0, q, qi, pair0, n)
                         _accumulate(pair0, permutations[g], a0, g == 0)

@@ -33,6 +33,7 @@ vector8 = Vector8()
 _DOUBLE = ir.DoubleType()
 _VECTOR = ir.VectorType(_DOUBLE, WIDTH)
 _INT32 = ir.IntType(32)
+_INTEGERS = {bits: ir.VectorType(ir.IntType(bits), WIDTH) for bits in (8, 16, 32, 64)}
 # x + _MAGIC - _MAGIC rounds x to the nearest integer for |x| < 2^51.
 _MAGIC = ir.Constant(_VECTOR, [ir.Constant(_DOUBLE, 1.5 * 2.0**52)] * WIDTH)
 
@@ -100,15 +101,77 @@ def st(typingctx, array, index, value):
     return types.void(array, types.intp, vector8), generate
 
 
+def packed_width(modulus: int) -> int:
+    """Bytes that a centred residue takes in `ld_packed`: 4, 6 or 7."""
+    return 4 if modulus < 1 << 31 else 6 if modulus < 1 << 47 else 7
+
+
+def _part(context, builder, array_type, array, index, offset, bits):
+    """Pointer to eight integers of `bits` bits, `offset` bytes after byte `index`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [builder.add(index, ir.Constant(index.type, offset))]), _INTEGERS[bits].as_pointer())
+
+
+@intrinsic
+def ld_packed(typingctx, array, index, width):
+    """Eight integers from bytes: low 32 bits, then for width > 4 the next 16, for width 7 the last 8, every part signed."""
+
+    def generate(context, builder, signature, args):
+        array, index, width = args
+
+        def part(offset, bits):
+            return builder.load(_part(context, builder, signature.args[0], array, index, offset, bits), align=1)
+
+        def joined(high):
+            return _fma(builder, builder.sitofp(high, _VECTOR), ir.Constant(_VECTOR, [ir.Constant(_DOUBLE, 2.0**32)] * WIDTH), low)
+
+        low = builder.sitofp(part(0, 32), _VECTOR)
+        start, more, most, end = builder.block, *(builder.append_basic_block(name) for name in ("more", "most", "end"))
+        builder.cbranch(builder.icmp_signed("<=", width, ir.Constant(width.type, 4)), end, more)
+        builder.position_at_end(more)
+        middle = builder.sext(part(32, 16), _INTEGERS[32])
+        six = joined(middle)
+        builder.cbranch(builder.icmp_signed("<=", width, ir.Constant(width.type, 6)), end, most)
+        builder.position_at_end(most)
+        top = builder.shl(builder.sext(part(48, 8), _INTEGERS[32]), ir.Constant(_INTEGERS[32], [16] * WIDTH))
+        seven = joined(builder.add(top, middle))
+        builder.branch(end)
+        builder.position_at_end(end)
+        value = builder.phi(_VECTOR)
+        for incoming, block in ((low, start), (six, more), (seven, most)):
+            value.add_incoming(incoming, block)
+        return value
+
+    return vector8(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def st_packed(typingctx, array, index, width, value):
+    """The inverse of `ld_packed` for integers that fit: |x| < 2^31, 2^47 or 2^55."""
+
+    def generate(context, builder, signature, args):
+        array, index, width, value = args
+        whole = builder.fptosi(value, _INTEGERS[64])
+        for offset, bits, needed in ((0, 32, 0), (32, 16, 6), (48, 8, 7)):
+            part = builder.trunc(whole, _INTEGERS[bits])
+            with builder.if_then(builder.icmp_signed(">=", width, ir.Constant(width.type, needed))):
+                builder.store(part, _part(context, builder, signature.args[0], array, index, offset, bits), align=1)
+            whole = builder.ashr(builder.sub(whole, builder.sext(part, _INTEGERS[64])), ir.Constant(_INTEGERS[64], [bits] * WIDTH))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, vector8), generate
+
+
 @intrinsic
 def prefetch(typingctx, array, index):
-    """Ask for the cache line of element `index`, which may lie beyond the array."""
+    """Ask for the cache line of element `index`, which may lie beyond the array (of any type)."""
 
     def generate(context, builder, signature, args):
         byte_pointer = ir.IntType(8).as_pointer()
         signature_type = ir.FunctionType(ir.VoidType(), [byte_pointer, _INT32, _INT32, _INT32])
         function = cgutils.get_or_insert_function(builder.module, signature_type, "llvm.prefetch.p0")
-        address = builder.bitcast(_pointer(context, builder, signature.args[0], *args), byte_pointer)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte_pointer)
         builder.call(function, [address, _INT32(0), _INT32(3), _INT32(1)])
         return context.get_dummy_value()
 

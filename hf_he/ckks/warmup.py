@@ -25,7 +25,7 @@ def compile_kernels(progress: Callable[[int, int], None] | None = None) -> float
     def keys() -> None:
         made["secret"] = SecretKey.generate(context)
         made["public"] = PublicKey.generate(context, made["secret"])
-        made["keys"] = SwitchingKeys.generate(context, made["secret"], [context.galois_element(1)])
+        made["keys"] = SwitchingKeys.generate(context, made["secret"], {context.galois_element(1): context.limbs})
 
     def encryption() -> None:
         made["ct"] = evaluator.encrypt(values, made["secret"], level, scale)[0]

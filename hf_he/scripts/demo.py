@@ -59,9 +59,9 @@ def run_demo(
     with tempfile.TemporaryDirectory(prefix="hf-he-demo-") as folder:
         began = time.perf_counter()
         with progress_bar(f"Generating keys ({client.backend.name})") as progress:
-            keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap")
-            sizes = keys.save(folder)
+            keys = client.keygen(count_progress(progress))
             client.use_keys(replace(keys, evaluation=None))
+            sizes = keys.save(folder, count_progress(progress), bootstrapping=refresh == "bootstrap")
             del keys
         seconds["keygen"] = time.perf_counter() - began
         setup_peak = begin_peak_period()

@@ -55,8 +55,8 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
     prepare_kernels(client.backend)
     start = time.perf_counter()
     with progress_bar("Generating keys") as progress:
-        keys = client.keygen(count_progress(progress), bootstrapping=bootstrapping)
-    sizes = keys.save(out)
+        keys = client.keygen(count_progress(progress))
+        sizes = keys.save(out, count_progress(progress), bootstrapping=bootstrapping)
     seconds, bits = time.perf_counter() - start, keys.backend.parameters.security_bits
     console.print(f"key {keys.key_id} for the {keys.backend.name} backend, {bits}-bit security, {seconds:.1f} s")
     for name, size in sizes.items():

@@ -31,7 +31,7 @@ class Toy:
         self.secret = SecretKey.generate(self.context)
         self.public = PublicKey.generate(self.context, self.secret)
         elements = [self.context.galois_element(s) for s in STEPS] + [self.context.conjugation_element]
-        self.keys = SwitchingKeys.generate(self.context, self.secret, elements)
+        self.keys = SwitchingKeys.generate(self.context, self.secret, dict.fromkeys(elements, self.context.limbs))
         self.top = parameters.max_level
 
     def encrypt(self, values, level=None):

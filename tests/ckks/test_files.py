@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_he.backends.native import NativeBackend
+from hf_he.ckks.jit import kernel
 from hf_he.ckks.parameters import parameter_set
-from hf_he.errors import CorruptFileError, HEError, ParameterError, SecretKeyOnServerError
+from hf_he.ckks.vector import ld, ld_packed, packed_width, st_packed
+from hf_he.ckks.vector import st as st_store
+from hf_he.errors import CorruptFileError, HEError, MissingKeyError, ParameterError, SecretKeyOnServerError
 from hf_he.serialization import pack, unpack
 
 
@@ -68,7 +71,7 @@ def test_key_sizes_at_n14():
 def test_keys_can_be_dropped_before_sending(party):
     backend, secret, keys, values, ct = party
     fewer = backend.deserialize(backend.serialize(replace(keys, rotations=frozenset([4]), conjugation=False)), "evaluation_keys")
-    assert fewer.rotations == {4} and not fewer.conjugation and fewer.payload.residues.shape[0] == 2
+    assert fewer.rotations == {4} and not fewer.conjugation and len(fewer.payload) == 2
     server = NativeBackend(backend.parameters)
     server.load_evaluation_keys(fewer)
     assert np.allclose(backend.decrypt(server.rotate(ct, [4]), secret)[0], np.roll(values, -4, axis=-1), atol=1e-6)
@@ -120,8 +123,8 @@ def test_inconsistent_ciphertexts_are_refused(party, change):
         lambda a, m: a.update(rotations=np.arange(1, 400, dtype=np.int64)),
         lambda a, m: a.update(rotations=a["rotations"].astype(np.float64)),
         lambda a, m: a.update(seeds=a["seeds"][:-1]),
-        lambda a, m: a["residues.2"].fill(255),
-        lambda a, m: a.pop("residues.5"),
+        lambda a, m: a["key.00002"].fill(255),
+        lambda a, m: a.pop("key.00004"),
         lambda a, m: m.update(conjugation="yes"),
     ],
 )
@@ -164,3 +167,53 @@ def mutable_files(party):
         "evaluation_keys": backend.serialize(keys),
         "secret_key": backend.serialize(secret, allow_secret=True),
     }
+
+
+def test_keys_for_lower_levels_are_smaller_and_work_there_only(party):
+    backend, secret, _, values, ct = party
+    top = backend.parameters.max_level
+    whole = backend.generate_evaluation_keys(secret, [1, 4])
+    keys = backend.generate_evaluation_keys(secret, {1: 1, 4: top, -4: 0, backend.parameters.slots - 4: 2})
+    data = backend.serialize(keys)
+    assert keys.levels == {1: 1, backend.parameters.slots - 4: 2} and len(data) < 1.3 * len(backend.serialize(whole))
+    loaded = backend.deserialize(data, "evaluation_keys")
+    assert (loaded.rotations, loaded.levels) == (keys.rotations, keys.levels)
+    assert np.array_equal(loaded.payload.table.data, keys.payload.table.data)
+    server = NativeBackend(backend.parameters)
+    server.load_evaluation_keys(loaded)
+    for level in range(top + 1):
+        low = backend.drop_level(ct, level)
+        for step, highest in ((1, 1), (4, top), (-4, 2)):
+            if level > highest:
+                with pytest.raises(MissingKeyError, match="lower levels"):
+                    server.rotate(low, [step])
+            else:
+                assert np.allclose(backend.decrypt(server.rotate(low, [step]), secret)[0], np.roll(values, -step, axis=-1), atol=1e-5)
+    with pytest.raises(MissingKeyError, match="limbs"):
+        server._evaluator.rotate(ct.payload.values, loaded.payload, [1])
+    low = backend.drop_level(ct, 1)
+    together = server.sum_rotated(backend.stack([low, low, low]), [1, 0, 4])
+    expected = np.roll(values, -1, axis=-1) + values + np.roll(values, -4, axis=-1)
+    assert np.allclose(backend.decrypt(together, secret), expected, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([28, 31, 33, 40, 46, 47, 49, 50]), st.integers(0, 2**32))
+def test_packed_residues_of_keys_are_exact(bits, seed):
+    """Every width of `ld_packed`, up to the largest centred residue of a modulus."""
+    modulus = 2**bits - 1
+    half = modulus // 2
+    values = np.random.default_rng(seed).integers(-half, half + 1, 64).astype(np.float64)
+    values[:4] = half, -half, 0, 2.0**31 if half >= 2**31 else half
+    width = packed_width(modulus)
+    packed, back = np.zeros(64 * width, dtype=np.uint8), np.empty(64)
+    packed_round_trip(values, packed, back, width)
+    assert np.array_equal(values, back)
+
+
+@kernel
+def packed_round_trip(values, packed, back, width):
+    for c in range(0, values.size, 8):
+        st_packed(packed, c * width, width, ld(values, c))
+    for c in range(0, values.size, 8):
+        st_store(back, c, ld_packed(packed, c * width, width))

@@ -97,19 +97,34 @@ def test_files_of_another_kind_backend_or_parameter_set_never_pass(party, kind):
                 reader.deserialize(data, wanted)
 
 
+def last_residues(parameters, arrays):
+    """(array, modulus, end of its last residue in bytes, bytes per residue): an array per modulus, or a key with one modulus after another."""
+    moduli = (*parameters.moduli, *parameters.special_moduli)
+    digits = -(-len(parameters.moduli) // parameters.digit_size)
+    for name in arrays:
+        if name.startswith("residues."):
+            yield name, moduli[int(name.removeprefix("residues."))], arrays[name].size, arrays[name].shape[-1]
+        elif name.startswith("key."):
+            end = 0
+            for modulus in moduli:
+                width = (modulus.bit_length() + 7) // 8
+                end += digits * parameters.ring_degree * width
+                yield name, modulus, end, width
+            assert end == arrays[name].size
+
+
 def test_out_of_range_residues_are_refused_behind_a_right_checksum(party):
     backend, files, _ = party
     if backend.name == "simulator":
         pytest.skip("the simulator stores values, not residues")
-    moduli, outcomes = (*backend.parameters.moduli, *backend.parameters.special_moduli), Outcomes()
+    outcomes = Outcomes()
     for kind in ("ciphertext", "evaluation_keys", "public_key"):
         for data in files[kind]:
             arrays, metadata = unpack(data, kind)
-            for name in (name for name in arrays if name.startswith("residues.")):
-                modulus = moduli[int(name.removeprefix("residues."))]
-                for value in (modulus, modulus + 1, 2 ** (8 * arrays[name].shape[-1]) - 1):
+            for name, modulus, end, width in last_residues(backend.parameters, arrays):
+                for value in (modulus, modulus + 1, 2 ** (8 * width) - 1):
                     packed = arrays[name].copy()
-                    packed.reshape(-1, packed.shape[-1])[-1] = list(value.to_bytes(packed.shape[-1], "little"))
+                    packed.reshape(-1)[end - width : end] = list(value.to_bytes(width, "little"))
                     table, body = table_of(arrays | {name: packed})
                     with outcomes.expect(f"{kind} {name} = {value}", must_fail=True):
                         backend.deserialize(seal(kind, table, body, metadata), kind)

@@ -18,7 +18,7 @@ from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
 
 
 class Bootstrapper:
-    """Bootstraps ciphertexts of one parameter set. Building it encodes the transforms (about 1 GB at N = 2^16).
+    """Bootstraps ciphertexts of one parameter set. Building it encodes the transforms (60 MB at N = 2^16).
 
     Payloads are residues [2, limbs, N] in NTT domain; slots hold complex values.
     """

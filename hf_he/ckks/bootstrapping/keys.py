@@ -7,9 +7,9 @@ special modulus only, which is all that is ever encrypted under the sparse secre
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,22 +17,27 @@ from hf_he.ckks.bootstrapping.factors import coefficients_to_slots, slots_to_coe
 from hf_he.ckks.bootstrapping.plan import EPHEMERAL_WEIGHT, BootstrapPlan
 from hf_he.ckks.bootstrapping.transform import required_steps
 from hf_he.ckks.context import Context, context_for
-from hf_he.ckks.keys import SecretKey, SwitchingKeys, _mask
+from hf_he.ckks.keys import SecretKey, SwitchingKeys, galois_secrets, switching_halves
 from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
-from hf_he.ckks.random import SEED_BYTES, Stream, gaussian
+from hf_he.ckks.random import Stream
 
 
-def rotation_steps(plan: BootstrapPlan) -> set[int]:
-    """Rotations of the two transforms."""
+def rotation_limbs(plan: BootstrapPlan) -> dict[int, int]:
+    """Rotations of the two transforms -> limbs of the largest ciphertext each turns."""
     slots = plan.parameters.slots
-    factors = [*slots_to_coefficients(slots, TRANSFORM_STAGES), *coefficients_to_slots(slots, TRANSFORM_STAGES)]
-    return set().union(*(required_steps(factor) for factor in factors))
+    inward = enumerate(coefficients_to_slots(slots, TRANSFORM_STAGES))
+    outward = enumerate(slots_to_coefficients(slots, TRANSFORM_STAGES))
+    out: dict[int, int] = {}
+    for limbs, factor in [*((plan.top - i, f) for i, f in inward), *((plan.bottom + TRANSFORM_STAGES - i, f) for i, f in outward)]:
+        for step in required_steps(factor):
+            out[step] = max(out.get(step, 0), limbs)
+    return dict(sorted(out.items()))
 
 
-def galois_elements(plan: BootstrapPlan) -> list[int]:
-    """Automorphisms of the main chain, in the order of their keys: the rotations, then conjugation."""
+def galois_limbs(plan: BootstrapPlan) -> dict[int, int]:
+    """Automorphisms of the main chain -> limbs, in the order of their keys: the rotations, then conjugation."""
     full = context_for(plan.full)
-    return [*(full.galois_element(s) for s in sorted(rotation_steps(plan))), full.conjugation_element]
+    return {full.galois_element(s): limbs for s, limbs in rotation_limbs(plan).items()} | {full.conjugation_element: plan.levels[0]}
 
 
 def ephemeral_parameters(plan: BootstrapPlan) -> CKKSParameters:
@@ -54,16 +59,47 @@ def sparse_ternary(ring_degree: int, weight: int, stream: Stream) -> np.ndarray:
     return out
 
 
-def switching_key(context: Context, source: np.ndarray, target: np.ndarray) -> SwitchingKeys:
-    """One key that turns ciphertexts under `source` into ciphertexts under `target`; rows [limbs + special, N] of both secrets."""
-    keys = SwitchingKeys.allocate(context, 1, {})
-    keys.seeds[0] = np.frombuffer(os.urandom(SEED_BYTES), dtype=np.uint8)
-    a, b = np.empty((2, context.dnum, len(context.chain), context.ring_degree))
-    keys.expand(context, 0, a)
-    errors = context.forward(gaussian((context.dnum, context.ring_degree), Stream()), np.arange(len(context.chain)))
-    _mask(a[None], errors[None], target, source, context.switch.special_factor, context.alpha, b[None], context.tables.moduli)
-    keys.fill(0, b, a)
-    return keys
+class KeyPart(NamedTuple):
+    """One key of a group: its place there, and its seed and halves [digit, limbs + K, N]; the a-half, which the seed stands for, may be missing."""
+
+    group: str
+    index: int
+    seed: bytes
+    b: np.ndarray
+    a: np.ndarray | None = None
+
+
+GALOIS, RAISE, LOWER = "galois", "raise", "lower"
+
+
+def key_groups(plan: BootstrapPlan) -> dict[str, tuple[Context, list[int], dict[int, int]]]:
+    """Context, limbs of each key and Galois index of each group of keys; key 0 of a group belongs to no automorphism."""
+    full, small = context_for(plan.full), context_for(ephemeral_parameters(plan))
+    galois = galois_limbs(plan)
+    return {
+        GALOIS: (full, [plan.levels[0], *galois.values()], {g: i + 1 for i, g in enumerate(galois)}),
+        RAISE: (full, [plan.top], {}),
+        LOWER: (small, [1], {}),
+    }
+
+
+def generate_parts(plan: BootstrapPlan, secret_key: SecretKey, progress: Callable[[int, int], None] | None = None) -> Iterator[KeyPart]:
+    """Fresh bootstrapping keys of the main secret key, one at a time; draws the ephemeral secret and drops it."""
+    groups = key_groups(plan)
+    total, done = sum(len(limbs) for _, limbs, _ in groups.values()), 0
+    sparse = sparse_ternary(plan.parameters.ring_degree, EPHEMERAL_WEIGHT, Stream())
+    for group, (context, limbs, index) in groups.items():
+        main = SecretKey(context, secret_key._coefficients, secret_key.key_id)
+        if group == GALOIS:
+            pairs = galois_secrets(context, main, index)
+        else:
+            other = SecretKey(context, sparse, secret_key.key_id)
+            pairs = iter([(main._rows, other._rows) if group == RAISE else (other._rows, main._rows)])
+        for i, (source, target) in enumerate(pairs):
+            yield KeyPart(group, i, *switching_halves(context, source, target, limbs[i]))
+            done += 1
+            if progress is not None:
+                progress(done, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +114,18 @@ class BootstrappingKeys:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return sum(keys.residues.nbytes for keys in (self.galois, self.raise_key, self.lower_key))
+        return sum(keys.nbytes for keys in (self.galois, self.raise_key, self.lower_key))
+
+    @classmethod
+    def collect(cls, plan: BootstrapPlan, parts: Iterable[KeyPart]) -> BootstrappingKeys:
+        """All keys of `parts`, in memory."""
+        groups = {name: SwitchingKeys(*group) for name, group in key_groups(plan).items()}
+        contexts = {name: group[0] for name, group in key_groups(plan).items()}
+        for part in parts:
+            groups[part.group].fill(contexts[part.group], part.index, part.seed, part.b, part.a)
+        return cls(groups[GALOIS], groups[RAISE], groups[LOWER], plan.parameters.fingerprint)
 
     @classmethod
     def generate(cls, plan: BootstrapPlan, secret_key: SecretKey, progress: Callable[[int, int], None] | None = None) -> BootstrappingKeys:
-        """From the main secret key; draws the ephemeral secret and drops it."""
-        full, small = context_for(plan.full), context_for(ephemeral_parameters(plan))
-        sparse = sparse_ternary(plan.parameters.ring_degree, EPHEMERAL_WEIGHT, Stream())
-        main = SecretKey(full, secret_key._coefficients, secret_key.key_id)
-        galois = SwitchingKeys.generate(full, main, galois_elements(plan), progress)
-        raise_key = switching_key(full, SecretKey(full, sparse, secret_key.key_id)._rows, main._rows)
-        small_main, small_sparse = (SecretKey(small, key, secret_key.key_id)._rows for key in (secret_key._coefficients, sparse))
-        return cls(galois, raise_key, switching_key(small, small_main, small_sparse), plan.parameters.fingerprint)
+        """Fresh keys in memory."""
+        return cls.collect(plan, generate_parts(plan, secret_key, progress))
