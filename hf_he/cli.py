@@ -173,7 +173,7 @@ def _from_file(name: str):
     return module
 
 
-for _name in ("train", "convert", "evaluate", "finetune"):
+for _name in ("train", "convert", "evaluate", "finetune", "study"):
     app.command(_name)(getattr(_from_file(_name), _name))
 app.add_typer(_from_file("bench").app, name="bench")
 
