@@ -76,8 +76,11 @@ class Spread:
         return self._kept.level if self._kept is not None and self._kept.level >= least else _reach(*self._source(), least)
 
     def ensure(self, depth: int) -> None:
-        """Refresh what it is computed from, or itself, so that `at(depth)` can be had."""
+        """Refresh what it is computed from, or itself, so that `at(depth)` can be had: many copied numbers are copied again rather than refreshed."""
         source, spent = self._source()
+        several = max(2, self.context.packing.blocks(source.features))
+        if self._kept is not None and self._kept.level < depth <= self.context.top - spent and self._kept.count > several:
+            self._kept = None
         if self._kept is not None:
             self._kept = self.context.ensure_level(self._kept, depth)
         elif depth + spent <= self.context.top:
