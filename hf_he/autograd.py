@@ -113,7 +113,8 @@ class EncryptedLinear(torch.autograd.Function):
                 dx = weights.WaitingRows(state, weight.operand, n)
         if ctx.needs_input_grad[1]:
             if isinstance(dx, weights.WaitingRows):
-                state.ensure(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
+                state.prepare(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
+                state.at_least(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
             product = weights.vector_gradient(numbers, state, n, in_features)
             dw = EncryptedTensor(product, ctx.shape, WEIGHT)
         return None if dx is None else state_tensor(dx), dw

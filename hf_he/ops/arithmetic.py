@@ -61,8 +61,8 @@ def scaled(gradient: Operand, factor: Operand) -> Operand:
     """gradient * factor at level 1 where both can have two levels: what meets the gradient of a product, as low as it can be."""
     context = gradient.context
     level = min(2, context.top)
-    gradient.ensure(level)
-    factor.ensure(level)
+    gradient.prepare(level)
+    factor.prepare(level)
     with context.backend.log.measure("activation"):
         return Operand(context, gradient.features, context.product(gradient.at(level), factor.at(level)), gradient.pooled)
 

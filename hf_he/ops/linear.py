@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import ShapeError
-from hf_he.ops import feature_major
+from hf_he.ops import feature_major, uniform
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
 from hf_he.packing import Packing
@@ -103,6 +103,12 @@ class WaitingLinear(Operand):
             self.source.ensure(depth + 1)
         return super().ensure(depth)
 
+    def prepare(self, depth: int) -> None:
+        if self._ciphertext is None and self.level < depth < self.context.top and self.source.features <= self.features:
+            self.source.prepare(depth + 1)
+        else:
+            super().prepare(depth)
+
     def at_least(self, level: int) -> Ciphertext:
         if self._ciphertext is None and level <= self.level:
             self.source.ensure(level + 1)
@@ -153,6 +159,8 @@ def encrypted(context: OperationContext, source: Operand, maps: Sequence[Waiting
             raise ShapeError(f"a weight of shape {tuple(m.weight.shape)} does not fit an encrypted tensor of {source.features} features")
     weights = tuple(m.weight for m in maps)
     with backend.log.measure("linear"):
+        if context.uniform:
+            return uniform.encrypted(context, source, maps, level, gain, shift)
         if plan.features == 1:
             stacked = gain * np.concatenate([_numpy(w) for w in weights])
             out = feature_major.encrypted(context, backend.drop_level(source.ciphertext, level + 1), stacked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Operand:
         self.pooled = pooled
         self._ciphertext = ciphertext
         self._babies: dict[tuple[int, int], Ciphertext] = {}
+        self.shared: dict[Hashable, Any] = {}
 
     @property
     def waiting(self) -> bool:
@@ -42,7 +44,13 @@ class Operand:
         if fresh is not self._ciphertext:
             self._ciphertext = fresh
             self._babies.clear()
+            self.shared.clear()
         return fresh
+
+    def prepare(self, depth: int) -> None:
+        """See to it that `at_least(depth)` will have `depth` levels; what is waiting waits on, unless that takes a refresh of its result."""
+        if self.level < depth:
+            self.ensure(depth)
 
     def at(self, level: int) -> Ciphertext:
         """The ciphertext at `level` (at most its own) and its canonical scale."""

@@ -327,7 +327,8 @@ def vector_gradient(spread: Spread, state: Operand, n: int, features: int) -> We
 
 def bias_gradient(state: Operand) -> WeightGradient:
     """Gradient of a bias: the state's gradient, to be summed over all lanes."""
-    return WeightGradient(state.context, state.features, state.at_least(1))
+    state.prepare(1)
+    return WeightGradient(state.context, state.features, state.at(1))
 
 
 def lane_steps(packing: Packing) -> list[int]:
