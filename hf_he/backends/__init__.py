@@ -18,6 +18,7 @@ BACKENDS = {
     "native": "hf_he.backends.native:NativeBackend",
     "simulator": "hf_he.backends.simulator:SimulatorBackend",
     "fhelium": "hf_he.backends.fhelium:FheliumBackend",
+    "desilo": "hf_he.backends.desilo:DesiloBackend",
 }
 DEFAULT_BACKEND = "native"
 

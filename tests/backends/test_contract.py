@@ -62,6 +62,8 @@ class Party:
 @pytest.fixture(scope="module", params=[(name, size) for name in AVAILABLE for size in ("toy", "n14")], ids=lambda p: f"{p[0]}-{p[1]}")
 def party(request) -> Party:
     name, size = request.param
+    if (name, size) == ("desilo", "toy"):
+        pytest.skip("DESILO FHE chooses its own rings, none of them this small")
     return Party(name, toy_parameters() if size == "toy" else parameter_set(size))
 
 
@@ -87,8 +89,8 @@ def test_encrypt_at_every_level(party):
 
 def test_encryption_is_randomised(party):
     x = party.values()
-    first, second = (party.backend.decrypt(party.encrypt(x), party.secret) for _ in range(2))
-    assert not np.array_equal(first, second)
+    first, second = (party.backend.serialize(party.encrypt(x)) for _ in range(2))
+    assert first != second
 
 
 # ---- linear operations ----
@@ -336,7 +338,7 @@ def test_damaged_or_foreign_bytes_are_refused(party):
         he.deserialize(data, "evaluation_keys")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = CKKSParameters.from_bits(11, first_bits=50, scale_bits=38, levels=2, special_bits=50, special_count=1, insecure=True)
+        other = parameter_set("n15") if he.name == "desilo" else replace(party.parameters, scale_bits=38)
     with pytest.raises(ParameterError):
         get_backend(he.name, other).deserialize(data, "ciphertext")
 

@@ -1,0 +1,379 @@
+"""The DESILO FHE backend: a closed library under a non-commercial licence, on a CPU or a CUDA device.
+
+DESILO chooses its moduli itself, hides its scales, and rescales within every product. The contract's levels and scales are kept beside it: with S_l
+the canonical scale of level l, a payload at level l holds the slots value * scale / S_l, and one whose product is not yet rescaled
+(`pending`) already sits one level lower in the library and holds value * scale / S_l^2. Rescaling then costs nothing, and every scale the
+contract asks for becomes an ordinary factor.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_he.backends import desilo_files as files
+from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
+from hf_he.backends.keys import SecretKeyBase, new_key_id, refuse_secret_key
+from hf_he.ckks.parameters import CKKSParameters
+from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnServerError
+
+SUPPORTED_VERSION = "2.0"
+LICENCE = "DESILO FHE is closed source and licensed for non-commercial use only; hf_he's own licence does not cover it"
+LARGEST_INTEGER = 2**30
+"""A factor up to this multiplies the residues; a larger one is a real factor and takes its level at once."""
+
+
+class LicenceWarning(UserWarning):
+    """Shown once per process when this backend is selected."""
+
+
+class DesiloSecretKey(SecretKeyBase):
+    def __init__(self, key_id: str, fingerprint: str, key: Any) -> None:
+        super().__init__(key_id, fingerprint)
+        self.key = key
+
+
+@dataclass(frozen=True, eq=False)
+class DesiloPublicKey:
+    key_id: str
+    fingerprint: str
+    key: Any = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class DesiloKeys:
+    """Relinearisation, rotations by step, conjugation."""
+
+    fingerprint: str
+    relinearization: Any = field(repr=False)
+    rotations: dict[int, Any] = field(repr=False)
+    conjugation: Any = field(repr=False, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class BootstrapKeys:
+    conjugation: Any = field(repr=False)
+    rotation: Any = field(repr=False)
+    small: Any = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """The library's ciphertexts of a batch, in C order."""
+
+    items: list[Any]
+    pending: bool = False
+
+
+class DesiloBackend(HEBackend):
+    """HEBackend on DESILO FHE 2.0; `device` is "cpu" or "cuda" (needs one of the `desilofhe-cuXXX` packages).
+
+    A parameter set is served by the library's engine of the same slots with at least as many levels; its own moduli count for security, 128 bits by
+    the vendor's statement. Raises BackendUnavailableError when there is no such engine.
+    """
+
+    name = "desilo"
+
+    def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
+        super().__init__(parameters)
+        warnings.warn(LICENCE, LicenceWarning, stacklevel=3)
+        self._engine = _engine(parameters, device or "cpu")
+
+    @classmethod
+    def availability(cls) -> tuple[bool, str]:
+        if find_spec("desilofhe") is None:
+            return False, "DESILO FHE is not installed: pip install 'hf-he[desilo]' (closed source, non-commercial licence)"
+        found = version("desilofhe")
+        if not found.startswith(f"{SUPPORTED_VERSION}."):
+            return False, f"DESILO FHE {found} is installed, this adapter is written for {SUPPORTED_VERSION}: pip install 'desilofhe=={SUPPORTED_VERSION}.*'"
+        return True, f"DESILO FHE {found}; {LICENCE}"
+
+    def capabilities(self) -> dict[str, bool]:
+        return {**super().capabilities(), "bootstrap": bool(self.parameters.bootstrap_moduli)}
+
+    # ---- keys ----
+    def generate_secret_key(self) -> DesiloSecretKey:
+        return DesiloSecretKey(new_key_id(), self.parameters.fingerprint, self._engine.create_secret_key())
+
+    def generate_public_key(self, secret_key: DesiloSecretKey) -> DesiloPublicKey:
+        self._check_fingerprint(secret_key)
+        return DesiloPublicKey(secret_key.key_id, secret_key.fingerprint, self._engine.create_public_key(secret_key.key))
+
+    def generate_evaluation_keys(
+        self,
+        secret_key: DesiloSecretKey,
+        rotations: Iterable[int],
+        *,
+        conjugation: bool = False,
+        bootstrapping: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> EvaluationKeys:
+        self._check_fingerprint(secret_key)
+        engine, secret = self._engine, secret_key.key
+        extra = None
+        if bootstrapping:
+            if not self.capabilities()["bootstrap"]:
+                raise BackendUnavailableError("these parameters do not bootstrap: use the parameter set n16-bootstrap, or --refresh client")
+            extra = BootstrapKeys(engine.create_conjugation_key(secret), engine.create_rotation_key(secret), engine.create_small_bootstrap_key(secret))
+        steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
+        keys = {}
+        for done, step in enumerate(steps, start=1):
+            keys[step] = engine.create_fixed_rotation_key(secret, step)
+            if progress is not None:
+                progress(done, len(steps))
+        conjugating = engine.create_conjugation_key(secret) if conjugation else None
+        payload = DesiloKeys(self.parameters.fingerprint, engine.create_relinearization_key(secret), keys, conjugating)
+        return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation, extra)
+
+    def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
+        refuse_secret_key(keys, "load_evaluation_keys")
+        if not isinstance(keys.payload, DesiloKeys):
+            raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
+        if keys.payload.fingerprint != self.parameters.fingerprint:
+            raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
+        super().load_evaluation_keys(keys)
+
+    @property
+    def _keys(self) -> DesiloKeys:
+        return self.evaluation_keys.payload
+
+    # ---- bytes ----
+    def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
+        if isinstance(item, Ciphertext):
+            return files.write_ciphertext(self._engine, self.parameters, item)
+        if isinstance(item, EvaluationKeys):
+            return files.write_evaluation_keys(self._engine, self.parameters, item)
+        if isinstance(item, DesiloPublicKey):
+            return files.write_key(self.parameters, "public_key", item.key_id, self._engine.serialize_public_key(item.key))
+        if isinstance(item, DesiloSecretKey):
+            if not allow_secret:
+                raise SecretKeyOnServerError("serialising a secret key needs allow_secret=True: do it on the client only, into a file only its owner reads")
+            return files.write_key(self.parameters, "secret_key", item.key_id, self._engine.serialize_secret_key(item.key))
+        raise ParameterError(f"the desilo backend cannot serialise a {type(item).__name__}")
+
+    def deserialize(self, data: bytes, kind: str) -> Any:
+        engine, parameters = self._engine, self.parameters
+        if kind == "ciphertext":
+            return files.read_ciphertext(engine, parameters, data)
+        if kind == "evaluation_keys":
+            return files.read_evaluation_keys(engine, parameters, data)
+        if kind == "public_key":
+            key_id, key = files.read_key(engine.deserialize_public_key, parameters, kind, data)
+            return DesiloPublicKey(key_id, parameters.fingerprint, key)
+        if kind == "secret_key":
+            key_id, key = files.read_key(engine.deserialize_secret_key, parameters, kind, data)
+            return DesiloSecretKey(key_id, parameters.fingerprint, key)
+        raise ParameterError(f"unknown kind {kind!r}: one of ciphertext, evaluation_keys, public_key, secret_key")
+
+    def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
+        return files.save_bootstrapping_keys(self._engine, self.parameters, keys, Path(folder))
+
+    def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
+        return files.load_bootstrapping_keys(self._engine, self.parameters, keys, Path(folder))
+
+    # ---- the contract's scales ----
+    def _reference(self, level: int, pending: bool) -> float:
+        return self.parameters.scale_at(level) ** (2 if pending else 1)
+
+    def _pending(self, ct: Ciphertext) -> list[Any]:
+        """The items as those of a product that is not rescaled."""
+        if ct.payload.pending:
+            return ct.payload.items
+        factor = 1.0 / self.parameters.scale_at(ct.level)
+        return [self._engine.multiply(item, factor) for item in ct.payload.items]
+
+    def _together(self, a: Ciphertext, b: Ciphertext) -> tuple[list[Any], list[Any], bool]:
+        """The items of both over the common batch shape, in one form."""
+        pending = a.payload.pending or b.payload.pending
+        x, y = (self._pending(ct) if pending else ct.payload.items for ct in (a, b))
+        return *_broadcast(x, a.batch_shape, y, b.batch_shape), pending
+
+    def _map(self, a: Ciphertext, function: Callable[[Any], Any]) -> Values:
+        return Values([function(item) for item in a.payload.items], a.payload.pending)
+
+    # ---- encoding and encryption ----
+    def _encode(self, values: np.ndarray, level: int, scale: float) -> Encoded:
+        return Encoded(self, values.reshape(-1, values.shape[-1]), scale)
+
+    def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> Values:
+        rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]))
+        return Values([self._engine.encrypt(row, key.key, level) for row in rows])
+
+    def _decrypt(self, ct: Ciphertext, secret_key: DesiloSecretKey) -> np.ndarray:
+        factor = self._reference(ct.level, ct.payload.pending) / ct.scale
+        copies = (self._engine.clone(item) for item in ct.payload.items)  # decrypting leaves a product useless
+        rows = [np.asarray(self._engine.decrypt(copy, secret_key.key)).real * factor for copy in copies]
+        return np.stack(rows).reshape(*ct.batch_shape, self.parameters.slots)
+
+    # ---- linear ----
+    def _add(self, a: Ciphertext, b: Ciphertext) -> Values:
+        x, y, pending = self._together(a, b)
+        return Values([self._engine.add(i, j) for i, j in zip(x, y, strict=True)], pending)
+
+    def _subtract(self, a: Ciphertext, b: Ciphertext) -> Values:
+        x, y, pending = self._together(a, b)
+        return Values([self._engine.subtract(i, j) for i, j in zip(x, y, strict=True)], pending)
+
+    def _negate(self, a: Ciphertext) -> Values:
+        return self._map(a, self._engine.negate)
+
+    def _add_plain(self, a: Ciphertext, b: Plaintext) -> Values:
+        plain = b.payload.at(self._reference(a.level, a.payload.pending))
+        x, y = _broadcast(a.payload.items, a.batch_shape, plain, b.batch_shape)
+        return Values([self._engine.add(i, j) for i, j in zip(x, y, strict=True)], a.payload.pending)
+
+    def _add_scalar(self, a: Ciphertext, value: float) -> Values:
+        shifted = value * a.scale / self._reference(a.level, a.payload.pending)
+        return self._map(a, lambda item: self._engine.add(item, shifted))
+
+    def _sum(self, a: Ciphertext) -> Values:
+        rest = a.count // a.batch_shape[0]
+        return Values([self._total(a.payload.items[i::rest]) for i in range(rest)], a.payload.pending)
+
+    def _total(self, items: Sequence[Any]) -> Any:
+        total = items[0]
+        for item in items[1:]:
+            total = self._engine.add(total, item)
+        return total
+
+    # ---- products ----
+    def _multiply(self, a: Ciphertext, b: Ciphertext) -> Values:
+        x, y = _broadcast(a.payload.items, a.batch_shape, b.payload.items, b.batch_shape)
+        return Values([self._engine.multiply(i, j) for i, j in zip(x, y, strict=True)], True)
+
+    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> Values:
+        plain = b.payload.at(self.parameters.scale_at(a.level))
+        x, y = _broadcast(a.payload.items, a.batch_shape, plain, b.batch_shape)
+        return Values([self._engine.multiply(i, j) for i, j in zip(x, y, strict=True)], True)
+
+    def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Values:
+        groups, terms = plain.batch_shape
+        factors = plain.payload.at(self.parameters.scale_at(a.level))
+        rest, items = a.count // terms, a.payload.items
+        sums = []
+        for g in range(groups):
+            for i in range(rest):
+                sums.append(self._total([self._engine.multiply(items[k * rest + i], factors[g * terms + k]) for k in range(terms)]))
+        return Values(sums, True)
+
+    def _multiply_integer(self, a: Ciphertext, value: int) -> Values:
+        if abs(value) <= LARGEST_INTEGER:
+            return self._map(a, lambda item: self._engine.multiply(item, value))
+        factor = value / self.parameters.scale_at(a.level)
+        return Values([self._engine.multiply(item, factor) for item in a.payload.items], True)
+
+    def linear_combination(self, weights: np.ndarray, a: Ciphertext, scale: float = 1.0) -> Ciphertext:
+        self._weight_scale = scale
+        return super().linear_combination(weights, a, scale)
+
+    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Values:
+        """Integers stay integers for a scale of 1; otherwise the weights are real factors and take their level."""
+        rest, items = a.count // a.batch_shape[0], a.payload.items
+        pending = a.payload.pending or self._weight_scale > 1
+        rows = weights / self.parameters.scale_at(a.level) if pending and not a.payload.pending else weights
+        sums = [self._engine.weighted_sum(items[i::rest], [0, *row.tolist()]) for row in rows for i in range(rest)]
+        return Values(sums, pending)
+
+    def _relinearize(self, a: Ciphertext) -> Values:
+        return self._map(a, lambda item: self._engine.relinearize(item, self._keys.relinearization))
+
+    def _rescale(self, a: Ciphertext) -> Values:
+        return Values(self._pending(a))
+
+    def _drop_level(self, a: Ciphertext, level: int) -> Values:
+        return self._map(a, lambda item: self._engine.level_down(item, level - a.payload.pending))
+
+    # ---- automorphisms ----
+    def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> Values:
+        moving = [s for s in steps if s]
+        keys = [self._keys.rotations[s] for s in moving]
+        turned = [dict(zip(moving, self._engine.rotate_many(item, keys), strict=True)) if keys else {} for item in a.payload.items]
+        rows = [turned[i][s] if s else item for s in steps for i, item in enumerate(a.payload.items)]
+        return Values(rows, a.payload.pending)
+
+    def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Values:
+        rest, items = a.count // len(steps), a.payload.items
+        keys = self._keys.rotations
+        rows = [[self._engine.rotate(items[g * rest + i], keys[s]) if s else items[g * rest + i] for g, s in enumerate(steps)] for i in range(rest)]
+        return Values([self._total(row) for row in rows], a.payload.pending)
+
+    def _conjugate(self, a: Ciphertext) -> Values:
+        return self._map(a, lambda item: self._engine.conjugate(item, self._keys.conjugation))
+
+    # ---- refresh ----
+    def _bootstrap(self, a: Ciphertext) -> Values:
+        keys, relinearization = self.evaluation_keys.bootstrapping, self._keys.relinearization
+
+        def fresh(item: Any) -> Any:
+            item = self._engine.bootstrap(item, relinearization, keys.conjugation, keys.rotation, keys.small)
+            return self._engine.level_down(item, self.parameters.max_level)
+
+        return self._map(a, fresh)
+
+    # ---- batch structure ----
+    def _take(self, a: Ciphertext, index: int | slice) -> Values:
+        rest = a.count // a.batch_shape[0]
+        chosen = [index % a.batch_shape[0]] if isinstance(index, int) else range(*index.indices(a.batch_shape[0]))
+        return Values([a.payload.items[g * rest + i] for g in chosen for i in range(rest)], a.payload.pending)
+
+    def _stack(self, items: Sequence[Ciphertext]) -> Values:
+        pending = any(item.payload.pending for item in items)
+        rows = (self._pending(item) if pending else item.payload.items for item in items)
+        return Values([value for row in rows for value in row], pending)
+
+    def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Values:
+        return a.payload
+
+
+class Encoded:
+    """Rows of a plaintext, encoded for products or for sums when first used so."""
+
+    def __init__(self, backend: DesiloBackend, rows: np.ndarray, scale: float) -> None:
+        self._backend = backend
+        self._rows = rows
+        self._scale = scale
+        self._encoded: dict[float, list[Any]] = {}
+
+    def at(self, reference: float) -> list[Any]:
+        """One library plaintext per row of value * scale / reference; usable at every level."""
+        if reference not in self._encoded:
+            repeats = self._backend.parameters.slots // self._rows.shape[-1]
+            encode = self._backend._engine.encode_to_light_plaintext
+            self._encoded[reference] = [encode(np.tile(row * (self._scale / reference), repeats)) for row in self._rows]
+        return self._encoded[reference]
+
+
+def _broadcast(x: list[Any], x_shape: tuple[int, ...], y: list[Any], y_shape: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    shape = np.broadcast_shapes(x_shape, y_shape)
+    left, right = (np.broadcast_to(np.arange(len(z)).reshape(s), shape).ravel() for z, s in ((x, x_shape), (y, y_shape)))
+    return [x[i] for i in left], [y[j] for j in right]
+
+
+def _engine(parameters: CKKSParameters, device: str) -> Any:
+    """The library's engine with the slots of `parameters`, at least their levels, and every core."""
+    import desilofhe
+
+    mode = {"cpu": "parallel", "cuda": "gpu"}.get(device)
+    if mode is None:
+        raise BackendUnavailableError(f"the desilo backend runs on cpu or cuda, not on {device!r}")
+    threads = int(os.environ.get("NUMBA_NUM_THREADS", os.cpu_count() or 1))
+    options = {"bootstrap": True} if parameters.bootstrap_moduli else {"max_level": parameters.max_level}
+    try:
+        engine = desilofhe.Engine(mode=mode, **options, **({"thread_count": threads} if mode == "parallel" else {}))
+    except (RuntimeError, ValueError) as error:
+        raise BackendUnavailableError(f"DESILO FHE makes no engine with {parameters.max_level} levels on {device}: {error}") from error
+    if engine.slot_count != parameters.slots or engine.max_level < parameters.max_level:
+        found = f"{engine.slot_count} slots and {engine.max_level} levels"
+        raise BackendUnavailableError(
+            f"DESILO FHE chooses its own rings: asked for {parameters.max_level} levels it has {found}, these parameters {parameters.slots} slots; "
+            "use the parameter set n14, n15 or n16-bootstrap"
+        )
+    return engine
