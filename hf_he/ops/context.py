@@ -23,7 +23,7 @@ class OperationContext:
         self.backend = backend
         self.packing = packing
         self.refresh = refresh
-        self.replicated = False
+        self.replicated = self.uniform = False
         self._levels: dict[int, Levels] = {}
         self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
         self._derived: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -38,13 +38,14 @@ class OperationContext:
         return 1 if self.replicated else self.packing.tokens
 
     @contextmanager
-    def single_token(self) -> Iterator[None]:
-        """Inside, states hold one token per sequence, the same in every token lane; compute them before the block ends."""
-        self.replicated = True
+    def single_token(self, uniform: bool = False) -> Iterator[None]:
+        """Inside, states hold one token per sequence, the same in every token lane; compute them before the block ends. `uniform`: all sequences
+        are the same too, which hf_he.ops.uniform makes use of."""
+        self.replicated, self.uniform = True, uniform
         try:
             yield
         finally:
-            self.replicated = False
+            self.replicated = self.uniform = False
 
     def place(self, model: torch.nn.Module, levels: Mapping[str, Levels]) -> None:
         """Run the named submodules of `model` at these levels; what is not named runs at its defaults."""

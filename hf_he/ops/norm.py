@@ -57,6 +57,8 @@ class Statistics:
     centred: Ciphertext
     mapped: Ciphertext
     inverse: Ciphertext
+    factor: float = 1.0
+    """What `centred` is multiplied by."""
 
 
 class WaitingNorm(Operand):
@@ -102,19 +104,30 @@ class WaitingNorm(Operand):
             return super().ciphertext.level
         if self._levels is not None:
             return self._levels.output
-        depth = statistic_depth(self._centre)
+        depth = statistic_depth(self._centre, self.context.uniform)
         available = self._source.level if self._source.level >= depth else self.context.top
         return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - depth)
 
     def at_least(self, level: int) -> Ciphertext:
         if self._source is not None:
             levels = self._levels or NormLevels(0, min(level, self.level))
-            statistics = statistics_of(self.context, self._source, *self._layer[2:], levels, self._centre, high=self._keep)
+            if self.context.uniform:
+                statistics = self._shared(levels)
+            else:
+                statistics = statistics_of(self.context, self._source, *self._layer[2:], levels, self._centre, high=self._keep)
             self._ciphertext = normalised(self.context, statistics, *self._layer[:2], levels.output)
             self._source = None
             if self._keep:
                 self._statistics.append(statistics)
         return super().ciphertext
+
+    def _shared(self, levels: NormLevels) -> Statistics:
+        """Statistics as high as they can be, so that another norm of the same state, in a parallel residual, has them already."""
+        key = (*self._layer[2:], self._centre)
+        if key not in self._source.shared or self._source.shared[key].inverse.level <= levels.output:
+            highest = NormLevels(levels.statistic, max(levels.output, self.level))
+            self._source.shared[key] = statistics_of(self.context, self._source, *self._layer[2:], highest, self._centre, high=True)
+        return self._source.shared[key]
 
     def ensure(self, depth: int) -> Ciphertext:
         self.at_least(depth if depth <= self.level else 0)
@@ -147,12 +160,18 @@ def statistics_of(
     backend, c = context.backend, context.packing.features
     low, upper = approximation.interval
     gain, shift = 2.0 / (upper - low), (2.0 * eps - low - upper) / (upper - low)
-    depth = statistic_depth(centre)
+    depth = statistic_depth(centre, context.uniform)
     level, first = levels.output, max(levels.output, levels.statistic) + depth
     if operand.level < first:
         operand.ensure(first)
     hidden = operand.at_least(operand.level if high else first)
     with backend.log.measure("norm"):
+        if context.uniform:
+            enough = hidden.level - depth >= inverse_root_depth(approximation) + level + 1
+            at = hidden.level if enough else levels.statistic + depth
+            centred, mapped, factor = _uniform_statistic(context, hidden, at, operand.features, gain, shift, centre)
+            mapped = _ready(context, mapped, approximation, level + 1)
+            return Statistics(centred, mapped, inverse_root(context, mapped, approximation, level + 1), factor)
         centred = _centred(context, hidden, hidden.level if high else first) if centre else hidden
         lowered = backend.drop_level(centred, levels.statistic + RMS_STATISTIC_DEPTH)
         squares = backend.rescale(backend.relinearize(sum_blocks(context, backend.multiply(lowered, lowered))))
@@ -171,7 +190,8 @@ def normalised(context: OperationContext, statistics: Statistics, weight: torch.
         centred = backend.drop_level(statistics.centred, level + 2)
         target = context.canonical_factor(level + 1, inverse.scale)
         factor = target * backend.parameters.moduli[level + 2] / centred.scale
-        plain = context.encoded((weight,), "weight", level + 2, factor, lambda: blocks(weight, c))
+        tag, share = ("weight", statistics.factor), 1.0 / statistics.factor
+        plain = context.encoded((weight,), tag, level + 2, factor, lambda: share * blocks(weight, c))
         weighted = backend.rescale(backend.multiply_plain(centred, plain))
         out = context.product(weighted, inverse)
         if bias is None:
@@ -179,9 +199,38 @@ def normalised(context: OperationContext, statistics: Statistics, weight: torch.
         return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: blocks(bias, c)))
 
 
-def statistic_depth(centre: bool) -> int:
+def statistic_depth(centre: bool, uniform: bool = False) -> int:
     """Levels from the input to the mapped variance."""
-    return STATISTIC_DEPTH if centre else RMS_STATISTIC_DEPTH
+    return STATISTIC_DEPTH if centre and not uniform else RMS_STATISTIC_DEPTH
+
+
+def _uniform_statistic(
+    context: OperationContext, hidden: Ciphertext, level: int, features: int, gain: float, shift: float, centre: bool
+) -> tuple[Ciphertext, Ciphertext, float]:
+    """factor * (x - mean), the mapped variance of x at `level`, and the factor, for a state that is the same in every lane: sums are right in
+    every feature.
+
+    Without a level for the mean: features * x - sum is features * (x - mean), and features * sum x^2 - (sum x)^2 is features^2 * variance.
+    """
+    backend, c = context.backend, context.packing.features
+    low = backend.drop_level(hidden, level)
+    if not centre:
+        squares = backend.rescale(backend.relinearize(sum_blocks(context, backend.multiply(low, low))))
+        total = reduce.sum_features(context, squares, c)
+        return hidden, _scaled(context, total, gain / features, shift), 1.0
+    total = reduce.sum_features(context, sum_blocks(context, hidden), c)
+    low_total = backend.drop_level(total, level)
+    both = backend.stack([sum_blocks(context, backend.multiply(low, low)), backend.multiply(low_total, low_total)])
+    both = backend.rescale(backend.relinearize(both))
+    squares = reduce.sum_features(context, backend.take(both, 0), c)
+    spread = backend.subtract(backend.multiply_scalar(squares, features, 1.0), backend.take(both, 1))
+    centred = backend.subtract(backend.multiply_scalar(hidden, features, 1.0), total)
+    return centred, _scaled(context, spread, gain / features**2, shift), float(features)
+
+
+def _scaled(context: OperationContext, ct: Ciphertext, gain: float, shift: float) -> Ciphertext:
+    backend = context.backend
+    return backend.add_scalar(backend.rescale(backend.multiply_scalar(ct, gain, context.canonical_factor(ct.level, ct.scale))), shift)
 
 
 def _centred(context: OperationContext, hidden: Ciphertext, level: int) -> Ciphertext:
