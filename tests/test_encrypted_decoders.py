@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM, HELlamaConfig, HELlamaForCausalLM
 from hf_he.backends import available_backends
+from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import ShapeError, UnsupportedEncryptedOperation
 from hf_he.nn import RangeTracker
+from hf_he.packing import Packing
 from hf_he.planner import make_plan
 from hf_he.tensor import required_rotations
 
@@ -120,21 +122,47 @@ def test_any_lengths_with_and_without_a_mask(lengths, kernel):
     torch.testing.assert_close(masked * mask[..., None], expected * mask[..., None], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "power 4"])
+@pytest.mark.parametrize("levels", [7, 13])
+@pytest.mark.parametrize("kernel", ["gaussian", "power 4", "power, constant"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_does_what_the_plan_says(make_lab, variant, kernel):
+def test_a_run_does_what_the_plan_says(make_lab, variant, kernel, levels):
     config_class, model_class, changes = VARIANTS[variant]
-    model = small_decoder(config_class, model_class, **changes, **KERNELS[kernel])
+    model = small_decoder(config_class, model_class, **(changes | KERNELS[kernel] | {"num_hidden_layers": 1}))
     packing = make_lab().packing
-    lab = make_lab(rotations=required_rotations(model.config, packing))
+    lab = make_lab(rotations=required_rotations(model.config, packing), levels=levels)
     embeddings, mask = inputs(model, packing)
-    calibrated(model, embeddings, mask)
+    expected = calibrated(model, embeddings, mask)
     plan = make_plan(model, lab.backend.parameters, packing)
     run(lab, model, embeddings)
+    by_demand = lab.session.refresh.count
+
+    lab.session.place(model, plan.levels)
+    lab.backend.log.reset()
+    lab.backend.rotations_used.clear()
+    torch.testing.assert_close(run(lab, model, embeddings), expected, atol=1e-3, rtol=0)
+    assert lab.session.refresh.count - by_demand == len(plan.refreshes) <= by_demand
     assert set(lab.backend.rotations_used) == set(plan.rotations) <= required_rotations(model.config, packing)
-    assert lab.session.refresh.count == len(plan.refreshes)
     counted = lab.backend.log.operations()
     assert {name: counted[name] for name in plan.operations} == plan.operations
+
+
+@pytest.mark.parametrize(("decoder", "bootstraps"), [(NEOX, 4), (LLAMA, 6)], ids=["neox", "llama"])
+@pytest.mark.parametrize("kernel", ["gaussian", "power 4"])
+def test_bootstraps_of_two_layers(decoder, kernel, bootstraps):
+    """Of one ciphertext each; deciding demand by demand takes 11 to 13, some of them of four."""
+    config_class, model_class = decoder
+    model = model_class(config_class(**(SIZES | {"hidden_size": 128, "intermediate_size": 512} | KERNELS[kernel]))).eval()
+    entries = {
+        ("interval", "squarings"): {"interval": [-19.0, 0.0], "squarings": 5},
+        ("interval", "degree", "goldschmidt_steps"): {"interval": [0.05, 5.0], "degree": 7, "goldschmidt_steps": 2},
+        ("interval", "degree", "newton_steps"): {"interval": [0.5, 20.0], "degree": 7, "newton_steps": 0},
+        ("interval", "degree"): {"interval": [-6.0, 6.0], "degree": 7},
+    }
+    model.set_approximations({name: entries[layer.entry_keys] for name, layer in model.polynomial_layers().items()})
+    model.set_mode("polynomial")
+    parameters = parameter_set("n16-bootstrap")
+    plan = make_plan(model, parameters, Packing.fit(parameters.slots, 128, 32))
+    assert [count for _, count in plan.refreshes] == [1] * bootstraps
 
 
 @pytest.mark.parametrize("backend", [name for name, (ok, _) in available_backends().items() if ok and name != "simulator"])
