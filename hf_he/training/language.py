@@ -78,13 +78,14 @@ class LanguagePipeline:
             for name in self.recipe.variants:
                 self.pretrain(seed, name)
                 self.finish(seed, name)
-            for name in self.recipe.convert:
-                self.convert(seed, name)
-                self.finish(seed, f"{name}-converted")
+        for name in self.recipe.convert:
+            self.convert(self.recipe.seeds[0], name)
+            self.finish(self.recipe.seeds[0], f"{name}-converted")
 
-    def runs(self) -> list[str]:
-        """Names of the finished models of each seed: the variants, then the converted ones."""
-        return [*self.recipe.variants, *(f"{name}-converted" for name in self.recipe.convert)]
+    def runs(self) -> dict[str, list[int]]:
+        """{name: seeds} of the finished models: the variants, then the converted ones, of the first seed only."""
+        converted = {f"{name}-converted": self.recipe.seeds[:1] for name in self.recipe.convert}
+        return dict.fromkeys(self.recipe.variants, self.recipe.seeds) | converted
 
     def folder(self, seed: int, run: str, stage: str = "final") -> Path:
         return self.root / f"seed{seed}" / run / stage

@@ -17,6 +17,7 @@ from hf_he.training.language_data import stress_blocks
 from hf_he.training.language_recipe import BASELINE
 from hf_he.training.stages import stage_report
 
+TEST_BLOCKS = 1_600
 CHECKED_STRESS_BLOCKS = 512
 
 
@@ -27,7 +28,7 @@ def export(pipeline: LanguagePipeline, folder: Path) -> dict[str, Any]:
     """
     recipe = pipeline.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {run: {str(seed): _score(pipeline, seed, run) for seed in recipe.seeds} for run in pipeline.runs()}
+    runs = {run: {str(seed): _score(pipeline, seed, run) for seed in seeds} for run, seeds in pipeline.runs().items()}
     report = {
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "data_dir")},
         "tokens": stage_report(pipeline.root / "text")["tokens"],
@@ -45,7 +46,8 @@ def _score(pipeline: LanguagePipeline, seed: int, run: str) -> dict[str, Any]:
     """Perplexities on dev and test in the modes the model has, and values outside their intervals on test text and on blocks unlike text."""
     model = HEGPTNeoXForCausalLM.from_pretrained(pipeline.folder(seed, run))
     trial = pipeline.max_steps is not None
-    blocks = {"dev": pipeline.blocks["dev"][: BATCH if trial else DEV_BLOCKS], "test": pipeline.blocks["test"][: BATCH if trial else None]}
+    step = max(1, len(pipeline.blocks["test"]) // (BATCH if trial else TEST_BLOCKS))
+    blocks = {"dev": pipeline.blocks["dev"][: BATCH if trial else DEV_BLOCKS], "test": pipeline.blocks["test"][::step]}
     scores: dict[str, Any] = {split: {} for split in blocks}
     for mode in ("exact",) if run == BASELINE else ("exact", "polynomial"):
         model.set_mode(mode)

@@ -49,7 +49,8 @@ class LanguageRecipe:
 
     `corpora`: names of hf_he.corpora, or `data_dir`: a folder of .txt files, one document each. `variants`: {name: {"attention_kernel", its
     `power_softmax_*` fields, "initial_score": see `language.set_initial_score`}}; "softmax" must be one of them, the baseline that spends
-    the same tokens without a swap. `convert`: variants also obtained from the finished baseline, in `convert_stage` and the polynomial stage.
+    the same tokens without a swap. `convert`: variants also obtained from the first seed's finished baseline, in `convert_stage` and the polynomial
+    stage.
     `stress_rows`: blocks unlike text per batch that only the penalty sees. `calibration_rows`: training blocks that fix the intervals, widened
     by `margin`. `publish`: variants whose best seed on the dev part is exported.
     """

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_he import HEBertConfig, HEBertForSequenceClassification, collect_ranges
+from hf_he import HEBertConfig, HEBertForSequenceClassification, HEGPTNeoXConfig, HEGPTNeoXForCausalLM, collect_ranges
 from hf_he.errors import ApproximationError
 from hf_he.nn import LayerRange
 from hf_he.training.range_penalty import Degrees, RangePenalty, RangeTargets, calibrate, track_ranges
@@ -104,3 +104,79 @@ def test_tracking_leaves_the_training_flag(model, batch):
     model.train()
     track_ranges(model, [batch])
     assert model.training
+
+
+def decoder(**overrides):
+    torch.manual_seed(0)
+    config = HEGPTNeoXConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.5,
+        attention_kernel="power_softmax",
+        power_softmax_eps=0.05,
+        power_softmax_length_agnostic=True,
+        **overrides,
+    )
+    return HEGPTNeoXForCausalLM(config).eval()
+
+
+def test_power_means_are_pulled_in_from_above_and_from_below(batch):
+    model = decoder()
+    penalty = RangePenalty.for_model(model, batch, RangeTargets(power_mean=[0.2, 2.0]))
+    names = [name for name, interval in penalty.intervals.items() if interval == (0.2, 2.0)]
+    assert len(names) == 2 and penalty.logarithmic.issuperset(names)
+    with collect_ranges(model) as statistics:
+        model(**batch)
+        statistics = {name: statistics[name].detach().requires_grad_() for name in penalty.intervals}
+    penalty(statistics).backward()
+    for name in names:
+        rows, pull = statistics[name].detach().flatten(1), -statistics[name].grad.flatten(1)
+        lowest, highest = (places[:, None] for places in (rows.argmin(1), rows.argmax(1)))
+        assert (rows.gather(1, lowest) < 0.2).any() and (rows.gather(1, highest) > 2.0).any()
+        assert torch.equal(pull.gather(1, lowest) > 0, rows.gather(1, lowest) < 0.2)
+        assert torch.equal(pull.gather(1, highest) < 0, rows.gather(1, highest) > 2.0)
+
+
+def test_power_mean_hinge_compares_logarithms():
+    penalty = RangePenalty({"a": (0.1, 1.0)}, logarithmic=["a"])
+    assert float(penalty({"a": torch.tensor([[0.01, 0.5], [0.5, 10.0]])})) == pytest.approx(math.log(10.0) ** 2)
+
+
+def test_centred_intervals_follow_the_median_of_the_batch():
+    penalty = RangePenalty({"norm": (0.5, 2.0)}, logarithmic=["norm"], centred=["norm"])
+    values = torch.tensor([[1.0, 1.5, 3.0]])
+    assert float(penalty({"norm": values})) == float(penalty({"norm": 1000.0 * values})) == 0.0
+    assert float(penalty({"norm": torch.tensor([[1.0, 1.0, 4.0]])})) == pytest.approx(math.log(2.0) ** 2)
+
+
+def test_training_from_scratch_leaves_the_scale_of_variances_free(batch):
+    model = decoder()
+    penalty = RangePenalty.for_model(model, batch, RangeTargets(), from_scratch=True)
+    norms = {name for name, entry in track_ranges(model, [batch]).items() if entry.statistic == "variance"}
+    assert penalty.centred == norms and all(penalty.intervals[name][0] * penalty.intervals[name][1] == pytest.approx(1.0) for name in norms)
+
+
+def test_what_calibration_saw_costs_nothing(batch):
+    model = decoder()
+    penalty = RangePenalty.from_ranges(track_ranges(model, [batch]))
+    with collect_ranges(model) as statistics, torch.no_grad():
+        model(**batch)
+    assert float(penalty(statistics)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_calibration_of_power_softmax(batch):
+    model = decoder()
+    ranges = track_ranges(model, [batch])
+    name = "gpt_neox.layers.0.attention"
+    entry = calibrate(model, ranges, Degrees(reciprocal_degree=15, goldschmidt_steps=2), margin=0.25)[name]
+    assert (entry["degree"], entry["goldschmidt_steps"]) == (15, 2)
+    assert entry["interval"][0] >= 0.05, "eps + mean x^p is never below eps"
+    assert entry["interval"][1] >= 1.25 * ranges[name].maximum
+    divided = decoder(power_softmax_divisor=20.0)
+    ranges = track_ranges(divided, [batch])
+    low, high = calibrate(divided, ranges, Degrees(), margin=0.25)[name]["interval"]
+    assert -low == high >= 1.25 * max(-ranges[name].minimum, ranges[name].maximum)
+    assert RangePenalty.for_model(divided, batch, RangeTargets(score=3.0)).intervals[name] == (-3.0, 3.0)
