@@ -155,20 +155,21 @@ class _LocalRefresh:
 
     def __init__(self, secret: Any) -> None:
         self._secret = secret
-        self.count, self.seconds = 0, 0.0
+        self.count, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
 
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         fresh = backend.encrypt(backend.decrypt(ct, self._secret), self._secret)
         self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu
         self.count += ct.count
         return fresh
 
 
 def measure(tokens: int, rounds: int, backend_name: str = "native", parameters: CKKSParameters | None = None, announce: Announce = lambda text: None):
-    """A row per operator: {"operator", "tokens", "sequences", "head_dim", "parameters", "seconds" (of one ciphertext, median, refreshes not counted),
-    "runs", "refreshed" ciphertexts, "max_error" beside the exact operator, "seconds_per_head", "ratio" to power softmax}. Rounds go through all operators
-    in turn."""
+    """A row per operator: {"operator", "tokens", "sequences", "head_dim", "parameters", "seconds" (of one ciphertext, median, refreshes not counted), "cpu_seconds"
+    (of all threads, likewise), "runs", "refreshed" ciphertexts, "max_error" beside the exact operator, "seconds_per_head", "ratio" to power softmax, in CPU
+    seconds, which other programs disturb less}. Rounds go through all operators in turn."""
     parameters = parameters or parameter_set(MEASURED)
     packing = Packing.fit(parameters.slots, HEAD_DIM, tokens)
     query, key, value = sample(packing)
@@ -179,7 +180,7 @@ def measure(tokens: int, rounds: int, backend_name: str = "native", parameters: 
     backend.load_evaluation_keys(backend.generate_evaluation_keys(secret, steps))
     encrypted = [backend.encrypt(pack_embeddings(x.squeeze(1).numpy(), packing), secret) for x in (query, key, value)]
     chosen = [(operator, price(operator, parameters, packing).levels) for operator in operators(query, key, value)]
-    seconds: dict[str, list[float]] = {operator.name: [] for operator, _ in chosen}
+    seconds: dict[str, list[tuple[float, float]]] = {operator.name: [] for operator, _ in chosen}
     rows = {}
     for turn in range(rounds + 1):
         for operator, levels in chosen:
@@ -187,14 +188,15 @@ def measure(tokens: int, rounds: int, backend_name: str = "native", parameters: 
             refresh = _LocalRefresh(secret)
             context = OperationContext(backend, packing, refresh) if turn == 0 else rows[operator.name]["context"]
             context.refresh = refresh
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             out = operator.run(context, tuple(Operand(context, HEAD_DIM, ct) for ct in encrypted), levels)
             if turn:
-                seconds[operator.name].append(time.perf_counter() - start - refresh.seconds)
+                spent = time.perf_counter() - start - refresh.seconds, time.process_time() - cpu - refresh.cpu_seconds
+                seconds[operator.name].append(spent)
             found = unpack_state(backend.decrypt(out, secret), packing, HEAD_DIM)
             error = float(np.abs(found - operator.exact.numpy()).max())
             rows[operator.name] = {"context": context, "refreshed": refresh.count, "max_error": error}
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = {name: tuple(map(statistics.median, zip(*times, strict=True))) for name, times in seconds.items()}
     return [
         {
             "operator": name,
@@ -202,12 +204,13 @@ def measure(tokens: int, rounds: int, backend_name: str = "native", parameters: 
             "sequences": packing.sequences,
             "head_dim": HEAD_DIM,
             "parameters": f"2^{parameters.ring_degree.bit_length() - 1} x {len(parameters.moduli)}",
-            "seconds": medians[name],
+            "seconds": medians[name][0],
+            "cpu_seconds": medians[name][1],
             "runs": rounds,
             "refreshed": rows[name]["refreshed"],
             "max_error": rows[name]["max_error"],
-            "seconds_per_head": medians[name] / packing.sequences,
-            "ratio": medians[name] / medians[NAMES[0]],
+            "seconds_per_head": medians[name][0] / packing.sequences,
+            "ratio": medians[name][1] / medians[NAMES[0]][1],
         }
         for name in NAMES
     ]

@@ -172,7 +172,7 @@ def _show_attention(data: dict[str, Any], json_output: bool) -> None:
         "priced": "Priced for one core, bootstraps included",
         "paper": "Zimerman et al. (arXiv 2410.09457, v2), one A100",
     }
-    columns = ["operator", "tokens", "sequences", "head_dim", "parameters", "seconds", "refreshed", "max_error", "ratio"]
+    columns = ["operator", "tokens", "sequences", "head_dim", "parameters", "seconds", "cpu_seconds", "refreshed", "max_error", "ratio"]
     for part, title in titles.items():
         present = [name for name in columns if data[part] and name in data[part][0]]
         table = Table(title=title)
