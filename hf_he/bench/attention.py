@@ -167,9 +167,9 @@ class _LocalRefresh:
 
 
 def measure(tokens: int, rounds: int, backend_name: str = "native", parameters: CKKSParameters | None = None, announce: Announce = lambda text: None):
-    """A row per operator: {"operator", "tokens", "sequences", "head_dim", "parameters", "seconds" (of one ciphertext, median, refreshes not counted), "cpu_seconds"
-    (of all threads, likewise), "runs", "refreshed" ciphertexts, "max_error" beside the exact operator, "seconds_per_head", "ratio" to power softmax, in CPU
-    seconds, which other programs disturb less}. Rounds go through all operators in turn."""
+    """A row per operator: {"operator", "tokens", "sequences", "head_dim", "parameters", "seconds" (of one ciphertext, median, refreshes not
+    counted), "cpu_seconds" (of all threads, likewise), "runs", "refreshed" ciphertexts, "max_error" beside the exact operator, "seconds_per_head",
+    "ratio" to power softmax, in CPU seconds, which other programs disturb less}. Rounds go through all operators in turn."""
     parameters = parameters or parameter_set(MEASURED)
     packing = Packing.fit(parameters.slots, HEAD_DIM, tokens)
     query, key, value = sample(packing)
