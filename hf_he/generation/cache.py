@@ -3,6 +3,7 @@
     cache = EncryptedCache(session, model.config)
     cache.lengths[:] = prompt_lengths
     model(inputs_embeds=prompts, past_key_values=cache)                 # the prompts' keys and values are the cache
+    cache.settle()
     with session.single_token():
         model(inputs_embeds=token, position_ids=cache.positions(), past_key_values=cache)
         cache.advance()
@@ -25,10 +26,12 @@ from hf_he.backends.base import Ciphertext
 from hf_he.errors import CorruptFileError, ModelMismatchError, ShapeError, UnsupportedEncryptedOperation
 from hf_he.generation.messages import StoredCache, as_lengths
 from hf_he.ops import decode
-from hf_he.ops.decode import CACHE_LEVELS, CachedStates, at_level
+from hf_he.ops.decode import CACHE_LEVELS, CachedStates
 from hf_he.ops.operand import Operand
 from hf_he.protocol import Identity
 from hf_he.tensor import HEADS, EncryptedSession, EncryptedTensor
+
+KEY_LEVEL, VALUE_LEVEL = CACHE_LEVELS.query, CACHE_LEVELS.value
 
 
 class EncryptedCacheLayer(CacheLayerMixin):
@@ -39,6 +42,7 @@ class EncryptedCacheLayer(CacheLayerMixin):
         self.keys: list[Ciphertext] = []
         self.values: list[Ciphertext] = []
         self._cache = cache
+        self._prompt: tuple[Operand, Operand] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -51,27 +55,34 @@ class EncryptedCacheLayer(CacheLayerMixin):
                 raise UnsupportedEncryptedOperation("an encrypted cache takes encrypted keys and values [B, heads, T, head_dim] of its own session")
         self.is_initialized = True
         key, value = (states if states.shape[1] == cache.heads else _repeated(states, cache.heads) for states in (key_states, value_states))
-        new = at_level(key.operand, CACHE_LEVELS.query + 1), at_level(value.operand, CACHE_LEVELS.value + 1)
+        cache.settle()
+        if not cache.session.replicated:
+            self._prompt = key.operand, value.operand
+            return key, value
         with cache.session.backend.log.measure("cache"):
-            if not cache.session.replicated:
-                self.keys, self.values = ([decode.select(cache.session, states, cache.valid()[0])] for states in new)
-                return key, value
-            self._append(*new)
-        return tuple(self._whole(chunks) for chunks in (self.keys, self.values))
+            if not self.keys:
+                raise ShapeError("a cache begins with a prompt: run the model on one before its first single token")
+            self._append(self.keys, key.operand, KEY_LEVEL)
+            self._append(self.values, value.operand, VALUE_LEVEL)
+        return self._whole(self.keys), self._whole(self.values)
 
-    def _append(self, key: Ciphertext, value: Ciphertext) -> None:
-        cache = self._cache
-        if not self.keys:
-            raise ShapeError("a cache begins with a prompt: run the model on one before its first single token")
-        lanes = cache.next_lanes()
-        for chunks, new in ((self.keys, key), (self.values, value)):
-            for index, selected in enumerate(lanes):
-                if not selected.any():
-                    continue
-                if index == len(chunks):
-                    chunks.append(decode.select(cache.session, new, selected))
-                else:
-                    chunks[index] = decode.append(cache.session, chunks[index], new, selected)
+    def settle(self) -> None:
+        """Place the states of a prompt on its lanes, after attention has taken them at the levels it needs: what waits has then kept its input."""
+        if self._prompt is not None:
+            with self._cache.session.backend.log.measure("cache"):
+                lanes, (key, value) = self._cache.valid()[0], self._prompt
+                self.keys, self.values = [decode.placed(key, lanes, KEY_LEVEL)], [decode.placed(value, lanes, VALUE_LEVEL)]
+            self._prompt = None
+
+    def _append(self, chunks: list[Ciphertext], new: Operand, level: int) -> None:
+        for index, lanes in enumerate(self._cache.next_lanes()):
+            if not lanes.any():
+                continue
+            placed = decode.placed(new, lanes, level)
+            if index == len(chunks):
+                chunks.append(placed)
+            else:
+                chunks[index] = self._cache.session.backend.add(chunks[index], placed)
 
     def _whole(self, chunks: list[Ciphertext]) -> EncryptedTensor:
         cache = self._cache
@@ -91,16 +102,18 @@ class EncryptedCacheLayer(CacheLayerMixin):
 
 
 class EncryptedCache(Cache):
-    """The cache of one generation. `lengths` [B] are the tokens of each sequence lane, public; `max_tokens` how many it may hold.
+    """The cache of one generation. `lengths` [B] are the tokens of each sequence lane, public; `max_tokens` how many it may hold; `prompts` how many
+    of the sequence lanes differ, the others being copies.
 
     Grouped keys and values are kept once per query head. Raises ShapeError when a chunk per feature of a head is not enough for `max_tokens`.
     """
 
-    def __init__(self, session: EncryptedSession, config: Any, max_tokens: int | None = None) -> None:
+    def __init__(self, session: EncryptedSession, config: Any, max_tokens: int | None = None, prompts: int | None = None) -> None:
         packing = session.packing
         self.session = session
         self.heads = config.num_attention_heads
         self.max_tokens = packing.tokens if max_tokens is None else max_tokens
+        self.prompts = packing.sequences if prompts is None else prompts
         limit = packing.tokens * (packing.features // self.heads)
         if not 1 <= self.max_tokens <= limit:
             raise ShapeError(f"a cache of {self.max_tokens} tokens is outside of 1..{limit}, what {packing.tokens} lanes and this head size allow")
@@ -118,9 +131,19 @@ class EncryptedCache(Cache):
         """[chunks, T, B] of 0/1: where each sequence's next token belongs."""
         return self._lanes(lambda token: token == self.lengths, int(self.lengths.max()) + 1)
 
+    def settle(self) -> None:
+        """Finish what a prompt left to do; before the cache is used."""
+        for layer in self.layers:
+            layer.settle()
+
     def positions(self) -> torch.Tensor:
         """[B, 1]: the rotary position of each sequence's next token."""
         return torch.from_numpy(self.lengths[:, None].copy())
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all lanes of a single token's states are the same."""
+        return self.prompts == 1
 
     def advance(self) -> None:
         """Count the token that every layer has appended."""
@@ -141,8 +164,9 @@ class EncryptedCache(Cache):
     def store(self, identity: Identity, generation: str) -> StoredCache:
         """The cache as a message."""
         backend = self.session.backend
+        self.settle()
         layers = [tuple(backend.serialize(backend.stack(chunks)) for chunks in (layer.keys, layer.values)) for layer in self.layers]
-        return StoredCache(identity, generation, as_lengths(self.lengths), self.session.packing.tokens, layers)
+        return StoredCache(identity, generation, as_lengths(self.lengths), self.prompts, self.session.packing.tokens, layers)
 
     @classmethod
     def restore(cls, session: EncryptedSession, config: Any, stored: StoredCache, max_tokens: int | None = None) -> EncryptedCache:
@@ -150,7 +174,7 @@ class EncryptedCache(Cache):
 
         Raises ModelMismatchError or CorruptFileError for anything that this session could not have written.
         """
-        cache = cls(session, config, max_tokens)
+        cache = cls(session, config, max_tokens, stored.prompts)
         packing = session.packing
         if stored.tokens != packing.tokens or len(stored.lengths) != packing.sequences or len(stored.layers) != len(cache.layers):
             raise ModelMismatchError(
@@ -161,8 +185,8 @@ class EncryptedCache(Cache):
             raise ShapeError(f"the cache holds {max(stored.lengths)} tokens, this server takes {cache.max_tokens}: start it with a larger --max-tokens")
         cache.lengths[:] = stored.lengths
         for layer, (keys, values) in zip(cache.layers, stored.layers, strict=True):
-            layer.keys = _chunks(session, keys, len(cache.valid()), CACHE_LEVELS.query, stored.identity.key_id)
-            layer.values = _chunks(session, values, len(cache.valid()), CACHE_LEVELS.value, stored.identity.key_id)
+            layer.keys = _chunks(session, keys, len(cache.valid()), KEY_LEVEL, stored.identity.key_id)
+            layer.values = _chunks(session, values, len(cache.valid()), VALUE_LEVEL, stored.identity.key_id)
             layer.is_initialized = True
         return cache
 

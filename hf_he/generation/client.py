@@ -27,6 +27,7 @@ from hf_he.generation.plan import generation_rotations
 from hf_he.generation.server import DEFAULT_CONTEXT
 from hf_he.generation.session import Generation, Reference, no_refresh
 from hf_he.keys import Keys
+from hf_he.ops.uniform import Spread, unpack_uniform
 from hf_he.packing import Packing, pack_embeddings, unpack_state
 from hf_he.protocol import EncryptedResult, Identity, widest_batch
 
@@ -106,7 +107,7 @@ class GenerationClient:
         start = time.perf_counter()
         embeddings = self._encrypted(self._embedded(filled))
         lengths = tuple(generation.lengths[i % len(prompts)] for i in range(packing.sequences))
-        message = EncryptedPrompt(self.identity, lengths, embeddings)
+        message = EncryptedPrompt(self.identity, lengths, len(prompts), embeddings)
         generation.name = message.generation
         generation.seconds["encrypt"] += time.perf_counter() - start
         generation.receive(message.to_bytes(), [length - 1 for length in generation.lengths], progress)
@@ -119,7 +120,7 @@ class GenerationClient:
         message = StoredCache.from_bytes(stored)
         message.identity.check(self.identity, "cache")
         generation = Generation(self, self._server(server), [len(prompt) for prompt in prompts], self._reference(), message.generation)
-        if tuple(generation.lengths) != message.lengths[: len(prompts)]:
+        if tuple(generation.lengths) != message.lengths[: message.prompts]:
             raise GenerationError(f"the cache holds {message.lengths} tokens, {tuple(generation.lengths)} were given: pass all tokens but the last one chosen")
         if generation.reference is not None:
             for prompt in prompts:
@@ -152,16 +153,19 @@ class GenerationClient:
         states = self._embedded(torch.tensor(tokens)[:, None])
         return EncryptedToken(self.identity, generation, seen, self._encrypted(np.repeat(states, self.packing.tokens, axis=1))).to_bytes()
 
-    def decrypt(self, result: EncryptedResult) -> np.ndarray:
-        """[B, T, vocabulary] logits of all lanes. Raises the typed errors of a result that does not fit."""
+    def decrypt(self, result: EncryptedResult, uniform: bool = False) -> np.ndarray:
+        """[B, T, vocabulary] logits of all lanes, or of a `uniform` token, which is one sequence's, [1, 1, vocabulary]. Raises the typed errors of a
+        result that does not fit."""
         result.identity.check(self.identity, "encrypted result")
         ciphertext = self.backend.deserialize(result.logits, "ciphertext")
-        vocabulary = self.model.config.vocab_size
+        vocabulary, packing = self.model.config.vocab_size, self.packing
         if ciphertext.key_id != self._keys.key_id:
             raise WrongKeyError(f"the logits belong to key {ciphertext.key_id}, not {self._keys.key_id}: decrypt with the keys they were encrypted for")
-        if ciphertext.batch_shape != (self.packing.blocks(vocabulary),):
+        count = Spread.of(vocabulary, packing).ciphertexts if uniform else packing.blocks(vocabulary)
+        if ciphertext.batch_shape != (count,):
             raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape}: client and server need the same version of hf_he")
-        logits = unpack_state(self.backend.decrypt(ciphertext, self._keys.secret), self.packing, vocabulary)
+        slots = self.backend.decrypt(ciphertext, self._keys.secret)
+        logits = unpack_uniform(slots, packing, vocabulary)[None, None] if uniform else unpack_state(slots, packing, vocabulary)
         if not np.isfinite(logits).all():
             raise CorruptFileError("the result decrypts to numbers that are not finite (its scale is wrong): begin the generation again")
         return logits

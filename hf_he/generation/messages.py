@@ -34,21 +34,25 @@ _AGAIN = "write it again with this version of hf_he"
 
 @dataclass(frozen=True)
 class EncryptedPrompt:
-    """`embeddings`: one ciphertext tensor [hidden / c]; `lengths`: tokens of each packed sequence, whose later lanes hold other real tokens."""
+    """`embeddings`: one ciphertext tensor [hidden / c]; `lengths`: tokens of each packed sequence, whose later lanes hold other real tokens;
+    `prompts`: how many of the sequences differ, the others being copies."""
 
     identity: Identity
     lengths: tuple[int, ...]
+    prompts: int
     embeddings: bytes = field(repr=False)
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def to_bytes(self) -> bytes:
-        metadata = {**self.identity.to_metadata(), "generation": self.generation, "lengths": json.dumps(self.lengths)}
+        metadata = {**self.identity.to_metadata(), "generation": self.generation, "lengths": json.dumps(self.lengths), "prompts": str(self.prompts)}
         return pack(PROMPT_KIND, {"embeddings": as_array(self.embeddings)}, metadata)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedPrompt:
         arrays, metadata = unpack(data, PROMPT_KIND)
-        return cls(Identity.from_metadata(metadata), read_lengths(metadata), as_bytes(arrays, "embeddings"), _generation(metadata))
+        lengths = read_lengths(metadata)
+        prompts = _prompts(metadata, lengths)
+        return cls(Identity.from_metadata(metadata), lengths, prompts, as_bytes(arrays, "embeddings"), _generation(metadata))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class StoredCache:
     identity: Identity
     generation: str
     lengths: tuple[int, ...]
+    prompts: int
     tokens: int
     layers: Sequence[tuple[bytes, bytes]] = field(repr=False)
 
@@ -111,6 +116,7 @@ class StoredCache:
         for index, (keys, values) in enumerate(self.layers):
             arrays |= {f"layers.{index}.keys": as_array(keys), f"layers.{index}.values": as_array(values)}
         metadata = {"cache_format": CACHE_FORMAT, "generation": self.generation, "lengths": json.dumps(self.lengths), "tokens": str(self.tokens)}
+        metadata["prompts"] = str(self.prompts)
         return pack(CACHE_KIND, arrays, {**self.identity.to_metadata(), **metadata})
 
     @classmethod
@@ -122,7 +128,8 @@ class StoredCache:
         if set(arrays) != {name for pair in names for name in pair}:
             raise CorruptFileError(f"the cache misses the keys or values of a layer: {_AGAIN}")
         layers = [(as_bytes(arrays, keys), as_bytes(arrays, values)) for keys, values in names]
-        return cls(Identity.from_metadata(metadata), _generation(metadata), read_lengths(metadata), _count(metadata, "tokens"), layers)
+        lengths = read_lengths(metadata)
+        return cls(Identity.from_metadata(metadata), _generation(metadata), lengths, _prompts(metadata, lengths), _count(metadata, "tokens"), layers)
 
 
 def read_lengths(metadata: dict[str, str]) -> tuple[int, ...]:
@@ -136,10 +143,17 @@ def read_lengths(metadata: dict[str, str]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def _prompts(metadata: dict[str, str], lengths: tuple[int, ...]) -> int:
+    count = _count(metadata, "prompts")
+    if count > len(lengths) or any(length != lengths[index % count] for index, length in enumerate(lengths)):
+        raise CorruptFileError(f"the message names {count} prompts for sequences that are no copies of them: {_AGAIN}")
+    return count
+
+
 def _count(metadata: dict[str, str], name: str) -> int:
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= MAX_TOKENS):
-        raise CorruptFileError(f"the message's {name} is not a number of tokens: {_AGAIN}")
+        raise CorruptFileError(f"the message's {name} is not a number from 1 to {MAX_TOKENS}: {_AGAIN}")
     return int(text)
 
 

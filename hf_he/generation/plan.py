@@ -25,14 +25,15 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """The prompt, and a token of each number of chunks that the cache may have."""
+    """The prompt, and a token for each number of chunks that the cache may have: of one sequence (`tokens`) and of several (`batched_tokens`)."""
 
     prompt: StepPlan
     tokens: tuple[StepPlan, ...]
+    batched_tokens: tuple[StepPlan, ...]
 
     @property
     def rotations(self) -> set[int]:
-        return {step for plan in (self.prompt, *self.tokens) for step in plan.rotations}
+        return {step for plan in (self.prompt, *self.tokens, *self.batched_tokens) for step in plan.rotations}
 
 
 @torch.no_grad()
@@ -40,24 +41,24 @@ def plan_generation(model: PreTrainedModel, parameters: CKKSParameters, packing:
     """Run `model` on a backend that only counts: a prompt that fills all lanes but one, then the first token in each chunk of the cache."""
     session = CountingSession(parameters, packing)
     backend = session.backend
-    cache = EncryptedCache(session, model.config, max_tokens)
 
-    def counted() -> StepPlan:
-        plan = StepPlan(backend.log.operations(), tuple(backend.refreshes), dict(backend.rotation_levels), dict(backend.seconds))
+    def run(cache: EncryptedCache, **arguments: torch.Tensor) -> StepPlan:
         backend.reset()
-        return plan
+        _ = model(inputs_embeds=session.state(session.top), past_key_values=cache, use_cache=True, **arguments).logits.ciphertext
+        cache.settle()
+        return StepPlan(backend.log.operations(), tuple(backend.refreshes), dict(backend.rotation_levels), dict(backend.seconds))
 
-    backend.reset()
-    cache.lengths[:] = max(packing.tokens - 1, 1)
-    _ = model(inputs_embeds=session.state(session.top), past_key_values=cache, use_cache=True).logits.ciphertext
-    prompt, tokens = counted(), []
-    for chunk in range(-(-cache.max_tokens // packing.tokens)):
-        cache.lengths[:] = chunk * packing.tokens or max(packing.tokens - 1, 1)
-        with session.single_token():
-            state = session.state(session.top)
-            _ = model(inputs_embeds=state, position_ids=cache.positions(), past_key_values=cache, use_cache=True).logits.ciphertext
-        tokens.append(counted())
-    return GenerationPlan(prompt, tuple(tokens))
+    plans = []
+    for prompts in (1, packing.sequences):
+        cache = EncryptedCache(session, model.config, max_tokens, prompts)
+        cache.lengths[:] = max(packing.tokens - 1, 1)
+        prompt, tokens = run(cache), []
+        for chunk in range(-(-cache.max_tokens // packing.tokens)):
+            cache.lengths[:] = chunk * packing.tokens or max(packing.tokens - 1, 1)
+            with session.single_token(cache.uniform):
+                tokens.append(run(cache, position_ids=cache.positions()))
+        plans.append(tuple(tokens))
+    return GenerationPlan(prompt, *plans)
 
 
 def generation_rotations(model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int) -> set[int]:

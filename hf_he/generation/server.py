@@ -165,7 +165,7 @@ class GenerationServer(Server):
     def _next(self, work: TokenWork, progress: Progress | None) -> bytes:
         message = work.message
         if isinstance(message, EncryptedPrompt):
-            generation = Generation(EncryptedCache(self.session, self.model.config, self.max_tokens))
+            generation = Generation(EncryptedCache(self.session, self.model.config, self.max_tokens, message.prompts))
             generation.cache.lengths[:] = message.lengths
             generation.answer = self._answer(message, partial(self._prefill, generation.cache, work.embeddings), progress)
             self._keep(message.generation, generation)
@@ -200,10 +200,12 @@ class GenerationServer(Server):
 
     def _prefill(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
         state = self.session.hidden_state(embeddings)
-        return self.model(inputs_embeds=state, past_key_values=cache, use_cache=True).logits.ciphertext
+        logits = self.model(inputs_embeds=state, past_key_values=cache, use_cache=True).logits.ciphertext
+        cache.settle()
+        return logits
 
     def _decode(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
-        with self.session.single_token():
+        with self.session.single_token(cache.uniform):
             state = self.session.hidden_state(embeddings)
             return self.model(inputs_embeds=state, position_ids=cache.positions(), past_key_values=cache, use_cache=True).logits.ciphertext
 

@@ -85,7 +85,7 @@ class Generation:
         start = time.perf_counter()
         message = client.encrypted_token(self.name, max(self.lengths), tokens)
         self.seconds["encrypt"] += time.perf_counter() - start
-        self.receive(message, [0] * len(self.lengths), progress)
+        self.receive(message, [0] * len(self.lengths), progress, uniform=len(self.lengths) == 1)
         self.lengths = [length + 1 for length in self.lengths]
         return self.logits
 
@@ -96,8 +96,8 @@ class Generation:
         StoredCache.from_bytes(answer).identity.check(self.client.identity, "cache")
         return answer
 
-    def receive(self, message: bytes, lanes: Sequence[int], progress: Progress | None) -> None:
-        """Send a message, answer refresh requests, keep the logits of one token lane per sequence."""
+    def receive(self, message: bytes, lanes: Sequence[int], progress: Progress | None, uniform: bool = False) -> None:
+        """Send a message, answer refresh requests, keep the logits of one token lane per sequence; `uniform`: see `GenerationClient.decrypt`."""
         refresher = self.client.refresher()
         start = time.perf_counter()
         answer = self.server.infer(message, refresher, progress)
@@ -107,7 +107,7 @@ class Generation:
         result = EncryptedResult.from_bytes(answer)
         if result.batch_id != self.name:
             raise CorruptFileError("the server answered for another generation: begin again")
-        logits = self.client.decrypt(result)
+        logits = self.client.decrypt(result, uniform)
         self.seconds["decrypt"] += time.perf_counter() - start
         self.logits = np.stack([logits[index, lane] for index, lane in enumerate(lanes)])
         self.reports.append(result.report)

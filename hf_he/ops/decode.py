@@ -11,6 +11,7 @@ are cyclic: the result is replicated again. All other slots are exactly 0 or idl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from hf_he.ops.goldschmidt import evaluate_reciprocal
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
 from hf_he.ops.power_softmax import PowerSoftmax, power
+from hf_he.ops.rotary import WaitingRotary
 from hf_he.packing import Packing
 
-CACHE_LEVELS = AttentionLevels(query=2, value=1)
-"""Keys and values are kept at the lowest levels that work; reading them costs none of these, and neither does appending."""
+CACHE_LEVELS = AttentionLevels(query=2, value=2)
+"""Of the cached keys and values: the lowest that work, and one more for the values, which the map after attention takes. Reading a cache costs
+no level of it, and neither does appending."""
 
 
 class CachedStates(Operand):
@@ -219,14 +222,13 @@ def at_level(operand: Operand, level: int) -> Ciphertext:
     return operand.context.backend.take(operand.at(level), 0)
 
 
-def append(context: OperationContext, cached: Ciphertext, new: Ciphertext, lanes: np.ndarray) -> Ciphertext:
-    """`cached` with the replicated state `new`, one level above it, in `lanes` [T, B], which must hold 0. No level of `cached`."""
-    return context.backend.add(cached, select(context, new, lanes))
-
-
-def select(context: OperationContext, state: Ciphertext, lanes: np.ndarray) -> Ciphertext:
-    """`state` on `lanes` [T, B] and 0 elsewhere: one level."""
-    backend = context.backend
+def placed(operand: Operand, lanes: np.ndarray, level: int) -> Ciphertext:
+    """The one block of `operand` on `lanes` [T, B] and 0 elsewhere, at `level`, unbatched; where a rotary embedding waits, by its factors, otherwise
+    one level."""
+    context = operand.context
+    if isinstance(operand, WaitingRotary) and operand.waiting:
+        return at_level(WaitingRotary(operand.source, replace(operand.rotation, lanes=lanes)), level)
+    backend, state = context.backend, at_level(operand, level + 1)
     plain = backend.encode(lane_mask(lanes, context.packing), state.level, context.canonical_factor(state.level, state.scale))
     return backend.rescale(backend.multiply_plain(state, plain))
 

@@ -28,6 +28,8 @@ class Rotation:
     cos: np.ndarray = field(repr=False)
     sin: np.ndarray = field(repr=False)
     head_dim: int
+    lanes: np.ndarray | None = field(default=None, repr=False)
+    """[T, B] of 0/1: where the result is wanted; 0 elsewhere. None: everywhere."""
 
     @classmethod
     def of(cls, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> Rotation:
@@ -47,7 +49,7 @@ class Rotation:
         return "rotary", self.head_dim, hashlib.sha256(self.cos.tobytes() + self.sin.tobytes()).hexdigest()
 
     def factors(self, packing: Packing) -> np.ndarray:
-        """[3, slots]: cos, -sin in first halves, sin in second halves."""
+        """[3, slots]: cos, -sin in first halves, sin in second halves; of one position, [3, head_dim], their period."""
         half, width = self.half, 2 * self.half
         heads = packing.features // self.head_dim
         lanes = (packing.sequences, packing.tokens)
@@ -56,7 +58,11 @@ class Rotation:
         factors[0, ..., :width] = self.cos
         factors[1, ..., :half] = -self.sin[..., :half]
         factors[2, ..., half:width] = self.sin[..., half:]
+        if self.cos.shape[:2] == (1, 1) and self.lanes is None:
+            return factors[:, 0, 0]
         factors = np.moveaxis(factors, 1, 2)[..., None, :]
+        if self.lanes is not None:
+            factors = factors * self.lanes[..., None, None]
         return np.broadcast_to(factors, (3, packing.tokens, packing.sequences, heads, self.head_dim)).reshape(3, packing.slots)
 
 
@@ -105,12 +111,15 @@ class WaitingRotary(Operand):
 
 
 def encrypted(context: OperationContext, states: Ciphertext, rotation: Rotation) -> Ciphertext:
-    """[*batch] canonical -> [*batch] one level below, canonical. Two rotations, hoisted."""
+    """[*batch] canonical -> [*batch] one level below, canonical. Two rotations, hoisted. The factors of a single token are of that token only, and not kept."""
     backend = context.backend
     with backend.log.measure("attention"):
         rotated = backend.rotate(states, rotation.steps)
         scale = context.canonical_factor(states.level, states.scale)
-        factors = context.constant(rotation.tag, states.level, scale, lambda: rotation.factors(context.packing)[None])
+        if context.replicated or rotation.lanes is not None:
+            factors = backend.encode(rotation.factors(context.packing)[None], states.level, scale)
+        else:
+            factors = context.constant(rotation.tag, states.level, scale, lambda: rotation.factors(context.packing)[None])
         return backend.rescale(backend.take(backend.multiply_plain_sum(factors, rotated), 0))
 
 

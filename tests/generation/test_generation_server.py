@@ -40,7 +40,7 @@ def server(model, client):
 def prompt_message(client, lengths=None):
     lanes = client.packing.sequences
     embeddings = client._encrypted(client._embedded(client._filled([[2, 4, 5]], None)))
-    return EncryptedPrompt(client.identity, lengths or (3,) * lanes, embeddings)
+    return EncryptedPrompt(client.identity, lengths or (3,) * lanes, 1, embeddings)
 
 
 class TestStoredCaches:
@@ -83,19 +83,22 @@ class TestStoredCaches:
             server.open(stored[:-1])
         arrays, metadata = unpack(stored, "key_value_cache")
 
+        fresh = client.backend.serialize(client.backend.encrypt(np.zeros((1, client.packing.slots)), client.keys.secret))
+
         def changed(arrays=arrays, **values):
             return pack("key_value_cache", arrays, {**metadata, **values})
 
         for data, error, text in [
             (changed(cache_format="2"), CorruptFileError, "another format"),
             (changed(lengths="[]"), CorruptFileError, "how long"),
-            (changed(lengths="[17" + ", 17" * (client.packing.sequences - 1) + "]"), ShapeError, "17 tokens"),
-            (changed(lengths="[3]"), ModelMismatchError, "1 sequences"),
+            (changed(lengths="[17" + ", 17" * (client.packing.sequences - 1) + "]", prompts="1"), ShapeError, "17 tokens"),
+            (changed(lengths="[3]", prompts="1"), ModelMismatchError, "1 sequences"),
             (changed(tokens="8"), ModelMismatchError, "8 lanes"),
-            (changed(tokens="x"), CorruptFileError, "number of tokens"),
+            (changed(tokens="x"), CorruptFileError, "number from 1"),
+            (changed(prompts="1"), CorruptFileError, "no copies"),
             (changed(generation="?"), CorruptFileError, "generation"),
             (changed({"layers.0.keys": arrays["layers.0.keys"]}), CorruptFileError, "misses"),
-            (changed({"layers.0.keys": arrays["layers.0.values"], "layers.0.values": arrays["layers.0.keys"]}), CorruptFileError, "level"),
+            (changed(arrays | {"layers.0.keys": np.frombuffer(fresh, dtype=np.uint8)}), CorruptFileError, "level"),
             (changed(key_id="0" * 16), WrongKeyError, "key"),
             (changed(model_fingerprint="0" * 16), ModelMismatchError, "model"),
         ]:
@@ -158,7 +161,13 @@ class TestMessages:
 
     def test_lengths_are_checked(self, client, server):
         lanes = client.packing.sequences
-        for lengths, error in [((17,) * lanes, ModelMismatchError), ((3,), ModelMismatchError), ((0,) * lanes, CorruptFileError), ((), CorruptFileError)]:
+        for lengths, error in [
+            ((17,) * lanes, ModelMismatchError),
+            ((3,), ModelMismatchError),
+            ((3,) * (lanes - 1) + (2,), CorruptFileError),
+            ((0,) * lanes, CorruptFileError),
+            ((), CorruptFileError),
+        ]:
             message = prompt_message(client)
             with pytest.raises(error):
                 server.open(replace(message, lengths=lengths).to_bytes())

@@ -6,8 +6,11 @@ import torch
 
 from hf_he.approximation import fit_reciprocal, kernel_exponential, power_polynomial
 from hf_he.errors import ShapeError
+from hf_he.nn import apply_rotary
 from hf_he.ops import decode
+from hf_he.ops.operand import Operand
 from hf_he.ops.power_softmax import PowerSoftmax
+from hf_he.ops.rotary import Rotation, WaitingRotary
 
 KERNEL = kernel_exponential((-8.0, 0.0), 5)
 SCALING = 0.3
@@ -77,17 +80,24 @@ def test_power_softmax(lab, softmax, chunks):
     attend(lab, Cache(lab, lengths, scale=0.8), 0.7 * lab.random(lab.packing.sequences, 16), 2, approximation, softmax)
 
 
-def test_appending_costs_no_level_and_touches_no_other_lane(lab):
+@pytest.mark.parametrize("rotary", [False, True])
+def test_placing_a_state_on_lanes(lab, rotary):
     packing = lab.packing
-    states, new = lab.states(), lab.random(packing.sequences, packing.features)
+    new = lab.random(packing.sequences, packing.features)
     lanes = np.zeros((packing.tokens, packing.sequences))
     for sequence in range(packing.sequences):
         lanes[sequence % packing.tokens, sequence] = 1.0
-    hole = torch.from_numpy(lanes.T)[..., None]
-    cached = lab.backend.take(lab.encrypt(states * (1 - hole), 2).ciphertext, 0)
-    out = decode.append(lab.session, cached, lab.backend.take(replicated(lab, new, 3), 0), lanes)
+    operand, expected = Operand(lab.session, packing.features, replicated(lab, new, 4)), new
+    if rotary:
+        angles = torch.outer(torch.arange(float(packing.sequences)), torch.tensor([1.0, 0.3]).repeat(2))[:, None]
+        heads = new.view(packing.sequences, 1, 2, 8).transpose(1, 2)
+        expected = apply_rotary(heads, angles.cos(), angles.sin()).transpose(1, 2).reshape(new.shape)
+    with lab.session.single_token():
+        if rotary:
+            operand = WaitingRotary(operand, Rotation.of(angles.cos(), angles.sin(), 8))
+        out = decode.placed(operand, lanes, 2)
     assert out.level == 2
-    lab.check(lab.backend.reshape(out, (1,)), states * (1 - hole) + new[:, None] * hole)
+    lab.check(lab.backend.reshape(out, (1,)), expected[:, None] * torch.from_numpy(lanes.T)[..., None])
 
 
 def test_operations_grow_by_one_rotation_per_doubling(make_lab):
