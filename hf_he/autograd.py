@@ -13,22 +13,28 @@ from typing import Any
 import torch
 
 from hf_he.approximation import InverseSquareRoot, KernelExponential, Polynomial
+from hf_he.backends.base import Ciphertext
+from hf_he.errors import UnsupportedEncryptedOperation
 from hf_he.ops import activation, arithmetic, attention_gradient, norm, norm_gradient, reduce, weights
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand, together
 from hf_he.ops.placement import ActivationLevels, AttentionLevels, NormLevels
-from hf_he.tensor import BIAS, KEPT, LOSS, SPLIT, WEIGHT, EncryptedTensor, Labels, state_tensor
+from hf_he.tensor import BIAS, HEADS, KEPT, LOSS, SPLIT, WEIGHT, EncryptedTensor, Labels, state_tensor
 
 Gradient = EncryptedTensor | None
 
 
 class Kept(Operand):
-    """Anything that a backward needs and that is not an operand of its forward."""
+    """Anything that a backward needs and that is not an operand of its forward; it has no ciphertext of its own."""
 
     def __init__(self, context: OperationContext, value: Any) -> None:
         super().__init__(context, 0)
         self.value = value
+
+    @property
+    def ciphertext(self) -> Ciphertext:
+        raise UnsupportedEncryptedOperation("the server computes no loss, only its gradient: compute the loss on the client, from the decrypted logits")
 
 
 class _Untracked:
@@ -50,10 +56,6 @@ def call(function: type[torch.autograd.Function], *inputs: Any) -> EncryptedTens
 
 def kept(context: OperationContext, value: Any) -> EncryptedTensor:
     return EncryptedTensor(Kept(context, value), (), KEPT)
-
-
-def _keeps(context: OperationContext) -> bool:
-    return getattr(context, "activations", "keep") == "keep"
 
 
 def _saved(ctx: Any) -> tuple[EncryptedTensor, ...]:
@@ -196,9 +198,12 @@ class Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: EncryptedTensor, approximation: Polynomial, levels: ActivationLevels) -> EncryptedTensor:
         operand, ctx.approximation = x.operand, approximation
-        if not ctx.needs_input_grad[0] or not _keeps(operand.context):
+        if not ctx.needs_input_grad[0] or x.session.activations == "recompute":
             ctx.save_for_backward(x)
-            return _like(operand, activation.encrypted(operand.context, operand, approximation, levels))
+            out = _like(operand, activation.encrypted(operand.context, operand, approximation, levels))
+            if operand.pooled and isinstance(operand, WaitingLinear):
+                operand.source.forget_babies()
+            return out
         mapped = activation.mapped(operand.context, operand, approximation, max(levels.output, activation.SLOPE_LEVEL))
         ctx.save_for_backward(kept(operand.context, mapped))
         return _like(operand, activation.evaluated(operand.context, mapped, approximation))
@@ -219,7 +224,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: EncryptedTensor, layer: tuple[torch.Tensor, torch.Tensor | None, float, InverseSquareRoot, NormLevels | None, bool]) -> Any:
-        keep = ctx.needs_input_grad[0] and _keeps(x.session)
+        keep = ctx.needs_input_grad[0] and x.session.activations == "keep"
         ctx.layer = layer
         out = norm.WaitingNorm(x.operand, *layer, keep=keep)
         ctx.save_for_backward(kept(x.session, out.statistics) if keep else x)
@@ -286,7 +291,7 @@ class Attention(torch.autograd.Function):
             scaling,
             approximation,
             levels or attention_gradient.TRAINING_LEVELS,
-            "keep" if _keeps(context) else "recompute",
+            context.activations,
         )
         ctx.save_for_backward(kept(context, saved))
         return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT)
@@ -298,7 +303,7 @@ class Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs))
         shape = (batch, heads, tokens, head_dim)
-        return (*(None if operand is None else EncryptedTensor(operand, shape, "attention heads") for operand in found), None, None, None, None)
+        return (*(None if operand is None else EncryptedTensor(operand, shape, HEADS) for operand in found), None, None, None, None)
 
 
 class Loss(torch.autograd.Function):
