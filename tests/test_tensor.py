@@ -115,7 +115,7 @@ def test_bert_tiny_at_secure_parameters(make_lab):
     np.testing.assert_allclose(run(lab, model, embeddings, mask), expected.numpy(), atol=1e-5)
     operations = lab.backend.log.operations()
     assert operations["rotate"] <= 1100 and lab.session.refresh.count <= 16
-    assert set(lab.backend.log.by_op()) == {"linear", "attention", "norm", "activation", "refresh", "other"} - {"other"}
+    assert set(lab.backend.log.by_op()) == {"linear", "attention", "kernel", "norm", "activation", "refresh"}
     assert set(lab.backend.rotations_used) == required_rotations(model.config, lab.packing)
 
 
@@ -147,7 +147,7 @@ def test_all_levels_and_operations_are_in_the_trace(make_lab):
     lab.backend.log.reset()
     run(lab, model, embeddings, mask)
     trace = lab.backend.log.trace
-    assert {entry.scope for entry in trace if entry.primitive not in ("encrypt", "decrypt")} == {"linear", "attention", "norm", "activation"}
+    assert {entry.scope for entry in trace if entry.primitive not in ("encrypt", "decrypt")} == {"linear", "attention", "kernel", "norm", "activation"}
     wide = [entry for entry in trace if entry.primitive == "rotate" and entry.count >= TOKENS and entry.scope == "attention"]
     assert wide and max(entry.level for entry in wide) <= 2, "whatever is as wide as the tokens runs near the bottom"
 

@@ -237,12 +237,13 @@ def _causal(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, 
 
 def kernel(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
     """(1 + x)^(2^squarings), at `level` or higher; one refresh, at once, where one is enough."""
-    x = context.backend.add_scalar(scores, 1.0)
-    if squarings + level <= context.top:
-        x = context.ensure_level(x, squarings + level)
-    for _ in range(squarings):
-        x = context.square(context.ensure_level(x, 1))
-    return context.ensure_level(x, level)
+    with context.backend.log.measure("kernel"):
+        x = context.backend.add_scalar(scores, 1.0)
+        if squarings + level <= context.top:
+            x = context.ensure_level(x, squarings + level)
+        for _ in range(squarings):
+            x = context.square(context.ensure_level(x, 1))
+        return context.ensure_level(x, level)
 
 
 def _masked(context: OperationContext, value: Ciphertext, mask: Ciphertext | None, level: int) -> Ciphertext:

@@ -136,17 +136,18 @@ def _block(
         rotated_k = backend.rotate(k, attention.baby_steps(layout))
         rotated_v = backend.rotate(v, attention.baby_steps(layout))
         scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling * factors.uniform)
-        wanted = form.depth + levels.value + 1
-        x = factors.apply(scores, wanted)
-        x = context.ensure_level(x, wanted if wanted <= context.top else form.depth)
-        powers = power(context, x, form.power)
-        weights = context.ensure_level(powers, levels.value + 1)
+        with backend.log.measure("kernel"):
+            wanted = form.depth + levels.value + 1
+            x = factors.apply(scores, wanted)
+            x = context.ensure_level(x, wanted if wanted <= context.top else form.depth)
+            powers = power(context, x, form.power)
+            weights = context.ensure_level(powers, levels.value + 1)
+            inverse = None
+            if form.divisor is None:
+                mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, factors.approximation, factors.counts)
+                inverse = evaluate_reciprocal(context, mapped, factors.approximation, levels.value - 1)
         out = attention.weighted_sum(context, layout, weights, rotated_v)
-        if form.divisor is not None:
-            return out
-        mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, factors.approximation, factors.counts)
-        inverse = evaluate_reciprocal(context, mapped, factors.approximation, out.level)
-        return context.product(out, backend.match_level(inverse, out.level))
+        return out if inverse is None else context.product(out, backend.match_level(inverse, out.level))
 
 
 def power(context: OperationContext, x: Ciphertext, exponent: int) -> Ciphertext:
