@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,21 @@ def evaluate_model(
     return EvaluationResult(dataset.task, dataset.split, getattr(model.config, "mode", "exact"), dataset.metric, result, values, tracker.to_dict())
 
 
+@lru_cache(maxsize=1)
+def _bag_of_words(train: TextDataset) -> tuple[Any, Any]:
+    """Vectorizer and regressor fitted on `train`, once for several splits."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression, Ridge
+    except ImportError as error:
+        raise DataError("the TF-IDF baseline needs scikit-learn: pip install scikit-learn, or pass --no-baselines.") from error
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
+    features = vectorizer.fit_transform(train.joined)
+    regressor = Ridge() if train.is_regression else LogisticRegression(C=10.0, max_iter=1000)
+    return vectorizer, regressor.fit(features, np.asarray(train.labels))
+
+
 def baselines(train: TextDataset, evaluated: TextDataset) -> dict[str, float]:
     """Scores of two predictors trained on `train` here and now, in the task's metric.
 
@@ -117,22 +133,12 @@ def baselines(train: TextDataset, evaluated: TextDataset) -> dict[str, float]:
     TF-IDF, then logistic regression, C = 10 (ridge regression for scores); the best of 48 settings on the MR dev half. Raises DataError
     without scikit-learn.
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression, Ridge
-    except ImportError as error:
-        raise DataError("the TF-IDF baseline needs scikit-learn: pip install scikit-learn, or pass --no-baselines.") from error
-
     labels = np.asarray(evaluated.labels)
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
-    features = vectorizer.fit_transform(train.joined)
+    vectorizer, regressor = _bag_of_words(train)
     if evaluated.is_regression:
         constant = np.full(len(evaluated), float(np.mean(train.labels)))
-        regressor = Ridge()
     else:
         constant = np.full(len(evaluated), Counter(train.labels).most_common(1)[0][0])
-        regressor = LogisticRegression(C=10.0, max_iter=1000)
-    regressor.fit(features, np.asarray(train.labels))
     return {
         "majority": score(evaluated.metric, labels, constant),
         "tfidf_logistic_regression": score(evaluated.metric, labels, regressor.predict(vectorizer.transform(evaluated.joined))),
