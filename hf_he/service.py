@@ -272,7 +272,9 @@ def serve(server: Server, host: str = "127.0.0.1", port: int = 8765, on_ready: C
             if on_ready:
                 on_ready(url)
 
-    Announcing(uvicorn.Config(create_app(server), log_level="warning", access_log=False)).run(sockets=[listener])
+    # longer than any client keeps an idle connection, so that none is closed under a request on its way
+    settings = uvicorn.Config(create_app(server), log_level="warning", access_log=False, timeout_keep_alive=int(CLIENT_SILENCE_SECONDS))
+    Announcing(settings).run(sockets=[listener])
 
 
 def _status(error: HEError) -> int:

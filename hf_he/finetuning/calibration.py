@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,17 @@ class Calibration:
     loss_bound: float
 
 
-def calibrate(model: str | Path, tokenizer: Any, dataset: TextDataset, settings: TrainingSettings, seed: int = 0) -> Calibration:
-    """Logits of the start model and gradients of its fresh adapter over `dataset`, in batches of the run's size."""
+def calibrate(
+    model: str | Path, tokenizer: Any, dataset: TextDataset, settings: TrainingSettings, batches: Sequence[Sequence[int]], seed: int = 0
+) -> Calibration:
+    """From the logits of the start model and the gradients of its fresh adapter over `batches`, rows of `dataset`: best the first ones of the run."""
     torch.manual_seed(seed)
     adapted = adapted_model(load_classifier(model).double(), settings)
-    encoded = encode_texts(tokenizer, dataset)
-    labels = torch.tensor(dataset.labels)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     largest, logits = 0.0, []
-    for start in range(0, len(dataset), settings.sequences):
-        rows = slice(start, start + settings.sequences)
-        output = adapted(**{name: tensor[rows] for name, tensor in encoded.items()}, labels=labels[rows])
+    for rows in batches:
+        batch = dataset.select(rows)
+        output = adapted(**encode_texts(tokenizer, batch), labels=torch.tensor(batch.labels))
         gradients = torch.autograd.grad(output.loss, trained)
         largest = max(largest, *(float(gradient.abs().max()) ** 2 for gradient in gradients))
         logits.append(output.logits.detach())

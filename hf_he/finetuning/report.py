@@ -47,13 +47,13 @@ class Details:
     rows: int
 
 
-def twin_run(model: Path, tokenizer: Any, dataset: TextDataset, settings: TrainingSettings, order: DataOrder, steps: int, seed: int) -> Twin:
-    """`steps` steps of these settings in polynomial mode, on the examples and from the adapter that the encrypted run had."""
+def twin_run(model: Path, tokenizer: Any, dataset: TextDataset, settings: TrainingSettings, rows: Callable[[int], list[int]], steps: int, seed: int) -> Twin:
+    """`steps` steps of these settings in polynomial mode, from the adapter that the encrypted run had; `rows` gives each step's examples."""
     torch.manual_seed(seed)
     training = PolynomialTraining(adapted_model(load_classifier(model).double(), settings), settings)
     initial, start = training.adapter, time.perf_counter()
     for number in range(1, steps + 1):
-        batch = dataset.select(order.step(number))
+        batch = dataset.select(rows(number))
         training.step(encode_texts(tokenizer, batch), batch.labels)
     return Twin(training.losses, initial, training.adapter, (time.perf_counter() - start) / max(steps, 1), training.model)
 
@@ -73,7 +73,7 @@ def report_of(trainer: EncryptedTrainer, announce: Callable[[str], None] = lambd
     """
     training, steps = trainer.training, trainer.state.global_step
     announce("Running the plaintext twin")
-    twin = twin_run(trainer.model_folder, training.client.tokenizer, trainer.train_dataset, training.settings, trainer.order, steps, trainer.args.seed)
+    twin = twin_run(trainer.model_folder, training.client.tokenizer, trainer.train_dataset, training.settings, trainer.step_rows, steps, trainer.args.seed)
     adapter = training.layout.values(training.model)
     steps_here, report = len(trainer.reports) // trainer.ranks, trainer.report
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -109,18 +109,24 @@ def report_of(trainer: EncryptedTrainer, announce: Callable[[str], None] = lambd
 
 def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[str, Any]:
     """The recipe in the clear and in polynomial mode: the same contract, without what only an encrypted run has (null). Writes the adapter to `output_dir`."""
-    from transformers import AutoTokenizer
-
+    from hf_he.client import Client
     from hf_he.finetuning.calibration import calibrate
+    from hf_he.finetuning.trainer import accepted
 
-    train, dev = recipe.datasets()
-    model, tokenizer = recipe.model_folder, AutoTokenizer.from_pretrained(recipe.model_folder, local_files_only=True)
+    (train, dev), model = recipe.datasets(), recipe.model_folder
+    client = Client.from_pretrained(model, backend="simulator")
+    tokenizer = client.tokenizer
     draft = args.settings(len(train), divisor=1.0, eps=0.02, loss_bound=12.0)
-    found = calibrate(model, tokenizer, train.spread(args.calibration_rows), draft, args.seed)
+    order = DataOrder(len(train), draft.sequences, args.seed if args.data_seed is None else args.data_seed)
+
+    def rows(number: int) -> list[int]:
+        return accepted(client, train, order.step(number))[0]
+
+    calibrated = range(1, min(-(-args.calibration_rows // draft.sequences), order.steps_per_epoch) + 1)
+    found = calibrate(model, tokenizer, train, draft, [rows(number) for number in calibrated], args.seed)
     settings = args.settings(len(train), divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
-    order = DataOrder(len(train), settings.sequences, args.seed if args.data_seed is None else args.data_seed)
     before = evaluate_model(load_classifier(model), tokenizer, dev).score
-    twin = twin_run(model, tokenizer, train, settings, order, settings.steps, args.seed)
+    twin = twin_run(model, tokenizer, train, settings, rows, settings.steps, args.seed)
     twin.model.save_pretrained(Path(args.output_dir) / "adapter")
     after = evaluate_model(twin.model, tokenizer, dev).score
     nothing = dict.fromkeys(("losses", "adapter_relative_error", "by_op", "operations", "bootstraps_per_step"))

@@ -139,6 +139,11 @@ class FinetuneServer(Server):
             return self._adapter_message()
         return super().run(work, refresh, progress)
 
+    def _classified(self, work: Any, progress: Progress | None) -> bytes:
+        if self._run is not None:
+            self._run.prepare()
+        return super()._classified(work, progress)
+
     # ---- beginning and resuming ----
     def _resume(self) -> None:
         found = self._store.load()

@@ -28,7 +28,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_he.client import Client
 from hf_he.data import TextDataset
-from hf_he.errors import CheckpointError, CorruptFileError, DataError, TrainingError
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
 from hf_he.evaluation import evaluate_model
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.client import TrainingClient
@@ -50,7 +50,8 @@ class EncryptedTrainer:
         train_dataset, eval_dataset: `hf_he.data.TextDataset`, or anything that has columns text (or sentence) and label, such as a `datasets.Dataset`.
         processing_class: the tokenizer, needed only with a PreTrainedModel; a folder brings its own.
         callbacks: transformers' TrainerCallbacks. Logs carry loss, learning_rate, epoch and what the server reported.
-        servers: connections to running training servers, one per rank; by default `args.processes` are started as child processes.
+        servers: connections to running training servers, one per rank, which were started with the keys of `prepare()`; by default
+            `args.processes` are started as child processes.
         announce: receives a line about what takes long, or was refused.
     """
 
@@ -71,6 +72,7 @@ class EncryptedTrainer:
         self.train_dataset = None if train_dataset is None else as_text_dataset(train_dataset, "train")
         self.eval_dataset = None if eval_dataset is None else as_text_dataset(eval_dataset, "dev")
         self._servers, self._announce = servers, announce
+        self._rows: dict[int, list[int]] = {}
         self.reports: list[dict[str, Any]] = []
         self.training: TrainingClient | None = None
         own = [DefaultFlowCallback] + ([] if args.disable_tqdm else [ProgressCallback])
@@ -82,6 +84,12 @@ class EncryptedTrainer:
         self.callback_handler.add_callback(callback)
 
     # ---- training ----
+    def prepare(self) -> Path:
+        """Begin a run without a server: keys, settings and data order. Returns the evaluation-key file, which training servers are started with;
+        `train(resume_from_checkpoint=True)` then goes on."""
+        self._open(resume=False)
+        return self._evaluation_keys
+
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Train to the end of the schedule; with `resume_from_checkpoint`, from the last step that both sides finished.
 
@@ -156,7 +164,6 @@ class EncryptedTrainer:
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
         client = Client.from_pretrained(self.model_folder, backend=self.args.backend, parameters=self.args.parameter_set_name, keys=keys if ready else None)
-        self._drop_refused(client)
         dataset, args = self.train_dataset, self.args
         self.order = DataOrder(len(dataset), args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed)
         if saved is None:
@@ -185,8 +192,10 @@ class EncryptedTrainer:
         draft = args.settings(rows, divisor=1.0, eps=0.02, loss_bound=12.0)
         if None not in (args.divisor, args.eps, args.loss_bound):
             return draft
-        self._announce(f"Calibrating on {min(args.calibration_rows, rows)} examples in the clear")
-        found = calibrate(self.model_folder, client.tokenizer, self.train_dataset.spread(args.calibration_rows), draft, args.seed)
+        steps = range(1, min(-(-args.calibration_rows // draft.sequences), self.order.steps_per_epoch) + 1)
+        self._announce(f"Calibrating on the examples of {len(steps)} steps in the clear")
+        batches = [accepted(client, self.train_dataset, self.order.step(number))[0] for number in steps]
+        found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed)
         return args.settings(rows, divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
 
     def _check_settings(self, settings: TrainingSettings, rows: int) -> None:
@@ -196,15 +205,17 @@ class EncryptedTrainer:
             if now != then:
                 raise TrainingError(f"{entry.name} is {now!r} now and was {then!r} when the run began: resume with the arguments it began with")
 
-    def _drop_refused(self, client: Client) -> None:
-        """Leave out examples whose values leave a fitted range: nobody could see that under encryption."""
-        sentences = client.prepare(self.train_dataset.first)
-        kept = [row for row, sentence in enumerate(sentences) if sentence.refused is None]
-        if not kept:
-            raise DataError(f"every training example was refused; the first: {sentences[0].refused}")
-        if len(kept) < len(sentences):
-            self._announce(f"{len(sentences) - len(kept)} of {len(sentences)} training examples leave a fitted range and are left out")
-            self.train_dataset = self.train_dataset.select(kept)
+    def step_rows(self, number: int) -> list[int]:
+        """The examples of a step. Those whose values leave a fitted range of the start model are left out: nobody could see that under encryption.
+
+        Raises RangeError when none is left.
+        """
+        if number not in self._rows:
+            rows, announced = accepted(self._opened().client, self.train_dataset, self.order.step(number))
+            if announced:
+                self._announce(f"step {number}: {announced}")
+            self._rows = {number: rows}
+        return self._rows[number]
 
     def _load_state(self, path: Path | None) -> None:
         callbacks = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "state")]
@@ -231,8 +242,7 @@ class EncryptedTrainer:
             return
         args = self.args
         self._announce(f"Starting {'a server process' if args.processes == 1 else f'{args.processes} server processes'}")
-        evaluation = self.folder / "client" / "keys" / EVALUATION_FILE
-        with local_servers(self.model_folder, evaluation, args.refresh, finetune=self.folder / "server", processes=args.processes) as servers:
+        with local_servers(self.model_folder, self._evaluation_keys, args.refresh, finetune=self.folder / "server", processes=args.processes) as servers:
             yield servers
 
     def _align(self, servers: Sequence[Any], resume: bool) -> None:
@@ -283,7 +293,7 @@ class EncryptedTrainer:
 
     def _step(self, servers: Sequence[Any], number: int) -> dict[str, float]:
         training, dataset, start = self._opened(), self.train_dataset, time.perf_counter()
-        chosen = self.order.step(number)
+        chosen = self.step_rows(number)
         labels = [dataset.labels[row] for row in chosen]
         parts = training.encrypt_step(number, [dataset.first[row] for row in chosen], labels, len(servers))
         answers = [training.answers(number, part.rows, labels) for part in parts]
@@ -322,10 +332,24 @@ class EncryptedTrainer:
         _, state = training.read_adapter(answer)
         training.layout.load(training.model, state)
 
+    @property
+    def _evaluation_keys(self) -> Path:
+        return self.folder / "client" / "keys" / EVALUATION_FILE
+
     def _opened(self) -> TrainingClient:
         if self.training is None:
             raise TrainingError("this run is not open yet: call train() first")
         return self.training
+
+
+def accepted(client: Client, dataset: TextDataset, rows: Sequence[int]) -> tuple[list[int], str | None]:
+    """Those of `rows` whose values stay in every fitted range of the client's model, and a line about the others. Raises RangeError when there are none."""
+    sentences = client.prepare([dataset.first[row] for row in rows])
+    kept = [row for row, sentence in zip(rows, sentences, strict=True) if sentence.refused is None]
+    refused = [sentence.refused for sentence in sentences if sentence.refused is not None]
+    if not kept:
+        raise RangeError(f"every example of a step was refused; the first: {refused[0]}")
+    return kept, f"{len(refused)} of {len(rows)} examples are left out ({refused[0]})" if refused else None
 
 
 def as_text_dataset(dataset: Any, split: str) -> TextDataset:

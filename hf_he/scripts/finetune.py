@@ -29,6 +29,7 @@ def finetune(
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.")] = None,
     server: Annotated[list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.")] = None,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only make the keys, for servers that are started elsewhere; then --resume --server URL.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -47,8 +48,21 @@ def finetune(
     }  # fmt: skip
     if refresh == "bootstrap" and parameters is None:
         overrides["parameters"] = "n16-bootstrap"
-    run = _encrypted if encrypted else _plain
-    run(recipe, recipe.training_arguments(**overrides), server, resume, json_output)
+    args = recipe.training_arguments(**overrides)
+    if prepare and encrypted:
+        _prepare(recipe, args)
+    else:
+        (_encrypted if encrypted else _plain)(recipe, args, server, resume, json_output)
+
+
+def _prepare(recipe: Any, args: Any) -> None:
+    from hf_he.finetuning.trainer import EncryptedTrainer
+    from hf_he.scripts.display import console, say
+
+    trainer = EncryptedTrainer(recipe.model_folder, args, recipe.datasets()[0], announce=say)
+    keys = trainer.prepare()
+    console.print(f"on the server: hf-he serve --model {trainer.model_folder} --evaluation-keys {keys} --finetune FOLDER", soft_wrap=True)
+    console.print(f"here: hf-he finetune --encrypted --resume --output-dir {trainer.folder} --server URL", soft_wrap=True)
 
 
 def _encrypted(recipe: Any, args: Any, urls: list[str] | None, resume: bool, json_output: bool) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, with the one before kept; damage, full disks and two writers are typed errors that lose nothing."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -70,16 +71,7 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_stays(store, tmp_pa
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    class Full:
-        def __init__(self, descriptor, mode):
-            self.file = open(descriptor, mode)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
+    class Full(io.FileIO):
         write = staticmethod(full)
 
     with monkeypatch.context() as patched:
