@@ -32,7 +32,7 @@ from hf_he.packing import Packing
 from hf_he.planner import CountingSession
 from hf_he.protocol import SEQUENCE_LENGTH
 
-CALIBRATION_BATCHES = 8
+CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Study:
         self._key = {"model": model_fingerprint(self.folder), "task": train.task, "rows": [len(train), len(dev)], "parameters": parameters}
         self._key |= {name: value for name, value in asdict(settings).items() if name in ("optimizer", "learning_rate", "schedule", "target_modules")}
         self._calibrated: TrainingSettings | None = None
+        self._costs: dict[Point, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def run(self, points: Sequence[Point]) -> Iterator[Measured]:
         """Each point with each seed, in order; finished ones come from the file."""
@@ -126,7 +127,9 @@ class Study:
         score = before = loss = train = infer = None
         error = ""
         try:
-            train, infer = self.cost(point, settings)
+            if point not in self._costs:
+                self._costs[point] = self.cost(point, settings)
+            train, infer = self._costs[point]
             score, before, loss = self.quality(point, settings, seed)
         except (ApproximationError, LevelError, RangeError) as problem:
             error = f"{type(problem).__name__}: {problem}"
@@ -173,8 +176,9 @@ class Study:
     def _settings(self) -> TrainingSettings:
         """The settings with divisor, eps and loss bound calibrated at the centre."""
         if self._calibrated is None:
-            rows = self.train.spread(CALIBRATION_BATCHES * self.settings.sequences)
-            found = calibrate(self.folder, self.tokenizer, rows, self.settings)
+            order = DataOrder(len(self.train), self.settings.sequences, self.seeds[0])
+            batches = [order.step(number) for number in range(1, min(CALIBRATION_BATCHES, order.steps_per_epoch) + 1)]
+            found = calibrate(self.folder, self.tokenizer, self.train, self.settings, batches)
             self._calibrated = replace(self.settings, divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
         return self._calibrated
 
