@@ -16,7 +16,7 @@ FHELIUM := fhelium==0.30.0
 
 help:
 	@echo "make install   set up .venv with hf_he and everything it needs"
-	@echo "make demo      encrypt real review sentences, classify them on ciphertexts, decrypt (ARGS='--backend simulator --seed 1')"
+	@echo "make demo      encrypt real review sentences, classify them on ciphertexts, decrypt (ARGS='--refresh client': quicker)"
 	@echo "make test      the whole test suite"
 	@echo "make test-fhelium   contract suite and a small demo with the FHElium backend, in an environment of its own (5 GB with torch's CUDA libraries)"
 	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 40 minutes)"

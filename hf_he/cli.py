@@ -27,6 +27,9 @@ Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphe
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter for the decoder.")]
 Context = Annotated[int, typer.Option("--context", min=1, help="Token lanes of a ciphertext, a power of two: the longest prompt.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of prompt and text together; default: --context.")]
+DemoRefresh = Annotated[
+    str | None, typer.Option("--refresh", help="bootstrap: the server needs nobody; client: quicker, less memory, interactive. Default: what the set can.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -38,7 +41,7 @@ def demo(
     num_sentences: Annotated[int, typer.Option(min=1, help="Sentences to classify.")] = 32,
     seed: Annotated[int, typer.Option(help="Which sentences of the MR test half are drawn.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Your own sentences, one per line.")] = None,
-    refresh: Refresh = "client",
+    refresh: DemoRefresh = None,
     json_output: Json = False,
     trace: Annotated[Path | None, typer.Option(help="Also write the server's operations with their levels to this file.")] = None,
 ) -> None:

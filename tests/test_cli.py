@@ -83,7 +83,7 @@ def test_demo_prints_the_json_contract(model, text, tmp_path):
 
 
 def test_demo_prints_tables(model, text):
-    output = run("demo", "--model", model, "--backend", "simulator", "--text", text)
+    output = run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "client")
     for expected in (SENTENCES[0], "negative", "Server time by operation", "attention", "Server time by primitive", "rotate", "peak memory", "128 bits"):
         assert expected in output
 
@@ -94,7 +94,7 @@ def test_demo_fails_when_predictions_differ(model, text, monkeypatch):
 
     monkeypatch.setattr(InferenceResult, "agreement", property(lambda self: 0.98))
     monkeypatch.setattr(demo, "local_server", in_this_process)
-    run("demo", "--model", model, "--backend", "simulator", "--text", text, "--json", code=1)
+    run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "client", "--json", code=1)
 
 
 @pytest.mark.parametrize(("parameters", "policy"), [("n14", "client"), ("n16-bootstrap", "bootstrap")])
@@ -112,9 +112,22 @@ def test_demo_says_when_the_parameters_do_not_bootstrap(model, text):
         run("demo", "--model", model, "--backend", "simulator", "--parameters", "n14", "--text", text, "--refresh", "bootstrap")
 
 
-def test_demo_without_the_client_chooses_parameters_that_bootstrap(model, text):
-    data = json.loads(run("demo", "--model", model, "--backend", "simulator", "--text", text, "--refresh", "bootstrap", "--json"))
+def test_demo_needs_no_client_unless_told_otherwise(model, text):
+    data = json.loads(run("demo", "--model", model, "--backend", "simulator", "--text", text, "--json"))
     assert data["refreshes"] == 0 < data["bootstraps"] and data["agreement"] == 1.0
+    data = json.loads(run("demo", "--model", model, "--backend", "simulator", "--text", text, "--parameters", "n14", "--json"))
+    assert data["refreshes"] > 0 == data["bootstraps"] and data["agreement"] == 1.0
+
+
+def test_the_demo_bootstraps_where_it_can():
+    from hf_he.scripts.demo import choose_policy
+
+    for backend in ("auto", "native", "simulator"):
+        assert choose_policy(backend, None, None) == ("n16-bootstrap", "bootstrap")
+        assert choose_policy(backend, None, "client") == ("n14", "client")
+        assert choose_policy(backend, "n15", None) == ("n15", "client")
+        assert choose_policy(backend, "n16-bootstrap", None) == ("n16-bootstrap", "bootstrap")
+        assert choose_policy(backend, "n16-bootstrap", "client") == ("n16-bootstrap", "client")
 
 
 def test_env_names_every_backend_and_parameter_set():

@@ -79,6 +79,8 @@ class HEBackend(ABC):
     """One backend bound to one parameter set. A server calls `load_evaluation_keys`; secret keys are only ever arguments."""
 
     name: str
+    bootstraps = False
+    """Whether `bootstrap` works with parameters that have moduli for it."""
 
     def __init__(self, parameters: CKKSParameters) -> None:
         self.parameters = parameters
@@ -91,7 +93,7 @@ class HEBackend(ABC):
         return True, "available"
 
     def capabilities(self) -> dict[str, bool]:
-        return {"bootstrap": False, "conjugate": True, "periodic_plaintexts": True}
+        return {"bootstrap": self.bootstraps and bool(self.parameters.bootstrap_moduli), "conjugate": True, "periodic_plaintexts": True}
 
     # ---- keys ----
     @abstractmethod

@@ -39,14 +39,12 @@ class NativeBackend(HEBackend):
     """RNS-CKKS in float64 vectors with two and more threads; N up to 2^16, parameters from hf_he.ckks.parameters."""
 
     name = "native"
+    bootstraps = True
 
     def __init__(self, parameters: CKKSParameters) -> None:
         super().__init__(parameters)
         self.context = context_for(parameters)
         self._evaluator = Evaluator(self.context)
-
-    def capabilities(self) -> dict[str, bool]:
-        return {**super().capabilities(), "bootstrap": bool(self.parameters.bootstrap_moduli)}
 
     # ---- keys ----
     def generate_secret_key(self) -> SecretKey:

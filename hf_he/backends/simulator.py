@@ -67,6 +67,7 @@ class SimulatorBackend(HEBackend):
     """HEBackend on plaintext values; see the module's text for what is exact and what is modelled."""
 
     name = "simulator"
+    bootstraps = True
 
     def __init__(self, parameters: CKKSParameters, seed: int | None = None) -> None:
         super().__init__(parameters)
@@ -74,7 +75,7 @@ class SimulatorBackend(HEBackend):
         self.rotations_used: Counter[int] = Counter()
 
     def capabilities(self) -> dict[str, bool]:
-        return {**super().capabilities(), "bootstrap": bool(self.parameters.bootstrap_moduli), "simulated": True}
+        return {**super().capabilities(), "simulated": True}
 
     def noise(self, ct: Ciphertext) -> np.ndarray:
         """[*batch] estimated standard deviation of the errors of the decrypted values."""

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_he.backends import backend_class
 from hf_he.checkpoints import default_model
+from hf_he.ckks.parameters import parameter_set
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
 from hf_he.data import load_dataset
 from hf_he.errors import DataError
@@ -81,6 +83,14 @@ def run_demo(
     return replace(result, seconds={**result.seconds, **seconds}, sizes=sizes, setup_peak=setup_peak)
 
 
+def choose_policy(backend: str, parameters: str | None, refresh: str | None) -> tuple[str, str]:
+    """Parameter set and refresh policy: bootstrapping, unless parameters or a backend are chosen that cannot."""
+    if refresh is None:
+        able = backend_class(backend).bootstraps and parameter_set(parameters or BOOTSTRAPPING_PARAMETERS).bootstrap_moduli
+        refresh = "bootstrap" if able else "client"
+    return parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS), refresh
+
+
 def demo(
     model: Path | None,
     backend: str,
@@ -88,13 +98,13 @@ def demo(
     num_sentences: int,
     seed: int,
     text: Path | None,
-    refresh: str,
+    refresh: str | None,
     json_output: bool,
     trace: Path | None,
 ) -> bool:
     """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
     texts, labels = choose_sentences(num_sentences, seed, text)
-    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
+    parameters, refresh = choose_policy(backend, parameters, refresh)
     result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace)
     data: dict[str, Any] = result.to_json()
     if json_output:
