@@ -20,7 +20,8 @@ class _Block:
         self.__array_interface__ = {"data": (memory.ctypes.data, False), "shape": memory.shape, "typestr": "<f8", "version": 3}
 
     def __del__(self) -> None:
-        _give_back(self.memory)
+        if _give_back is not None:  # the interpreter is not shutting down
+            _give_back(self.memory)
 
 
 _free: dict[int, list[np.ndarray]] = {}
