@@ -150,11 +150,17 @@ class Sum(torch.autograd.Function):
 
 
 class Product(torch.autograd.Function):
-    """a * b of two states."""
+    """a * b of two states. Gradients are at level 2 where the factor has one more: with a gate, the other factor is an activation's result, whose own
+    gradient takes another product."""
+
+    OUTPUT = 2
 
     @staticmethod
     def forward(ctx: Any, a: EncryptedTensor, b: EncryptedTensor) -> EncryptedTensor:
         ctx.save_for_backward(a, b)
+        if any(ctx.needs_input_grad):
+            for factor in (a, b):
+                factor.operand.at_least(Product.OUTPUT + 1)
         return state_tensor(arithmetic.multiply(a.operand, b.operand))
 
     @staticmethod
@@ -162,7 +168,7 @@ class Product(torch.autograd.Function):
         a, b = _saved(ctx)
         others = (b, a)
         return tuple(
-            state_tensor(arithmetic.scaled(gradient.operand, other.operand)) if needed else None
+            state_tensor(arithmetic.scaled(gradient.operand, other.operand, min(max(other.level - 1, 1), Product.OUTPUT))) if needed else None
             for needed, other in zip(ctx.needs_input_grad, others, strict=True)
         )
 
@@ -290,9 +296,10 @@ class Attention(torch.autograd.Function):
             heads,
             scaling,
             approximation,
-            levels or attention_gradient.TRAINING_LEVELS,
+            levels or attention_gradient.training_levels(context, approximation.squarings),
             context.activations,
         )
+        ctx.output = attention_gradient.output_level(context, approximation.squarings)
         ctx.save_for_backward(kept(context, saved))
         return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT)
 
@@ -301,7 +308,7 @@ class Attention(torch.autograd.Function):
         (saved,) = _saved(ctx)
         batch, tokens, heads, head_dim = gradient.shape
         needs = ctx.needs_input_grad[:3]
-        found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs))
+        found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs, ctx.output))
         shape = (batch, heads, tokens, head_dim)
         return (*(None if operand is None else EncryptedTensor(operand, shape, HEADS) for operand in found), None, None, None, None)
 

@@ -57,10 +57,10 @@ def multiply(a: Operand, b: Operand) -> Operand:
         return Operand(a.context, a.features, a.context.product(a.at(level), b.at(level)), a.pooled)
 
 
-def scaled(gradient: Operand, factor: Operand) -> Operand:
-    """gradient * factor at level 1 where both can have two levels: what meets the gradient of a product, as low as it can be."""
+def scaled(gradient: Operand, factor: Operand, output: int = 1) -> Operand:
+    """gradient * factor at level `output`, or as high as the parameters allow: what meets the gradient of a product, as low as it can be."""
     context = gradient.context
-    level = min(2, context.top)
+    level = min(output + 1, context.top)
     gradient.prepare(level)
     factor.prepare(level)
     with context.backend.log.measure("activation"):

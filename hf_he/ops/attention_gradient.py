@@ -14,7 +14,7 @@ Sums over the babies belong to queries (rotated by g b), sums over the giants to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hf_he.approximation import KernelExponential
@@ -29,6 +29,9 @@ Policy = Literal["recompute", "keep"]
 
 TRAINING_LEVELS = AttentionLevels(query=2, value=2)
 """Masked values are two levels high, as do . v needs them."""
+
+ADAPTER_LEVEL = 4
+"""Where low-rank maps (hf_he.ops.weights) want the gradients of queries, keys and values."""
 
 GRADIENT_DEPTH = 2
 """Levels from the kernel or its slopes to the gradients: copy mask, product."""
@@ -51,6 +54,16 @@ class Saved:
     k: Ciphertext
     v: Ciphertext
     scores: Ciphertext
+
+
+def output_level(context: OperationContext, squarings: int) -> int:
+    """Level of the gradients: that of the adapters where the parameters have so many levels above the kernel, otherwise 1, to be refreshed."""
+    return ADAPTER_LEVEL if ADAPTER_LEVEL + GRADIENT_DEPTH + 1 + squarings <= context.top else 1
+
+
+def training_levels(context: OperationContext, squarings: int) -> AttentionLevels:
+    """Queries and keys one level above the gradients that are made of them."""
+    return replace(TRAINING_LEVELS, query=output_level(context, squarings) + 1)
 
 
 def forward(
