@@ -239,6 +239,7 @@ class Answers:
 
     def __init__(self, training: TrainingClient, step: int, rows: Sequence[Sequence[int]], labels: Sequence[float]) -> None:
         self._training, self._step, self._rows, self._labels = training, step, rows, labels
+        self._answered: set[tuple[str, int]] = set()
         widest = max(training.plan.widest_refresh, widest_batch(training.client.model.config, training.packing))
         self._refresher = Refresher(training.backend, training.client.keys, training.plan.refreshes(len(rows)), widest)
 
@@ -249,6 +250,9 @@ class Answers:
         location = training.settings.loss_location if question.about == LOSS else training.settings.optimizer_location
         if location != "client" or question.step != self._step or question.batch >= len(self._rows):
             raise RefreshError(f"the server asked about the {question.about} of step {question.step}, which is not this client's part: do not trust it")
+        if (question.about, question.batch) in self._answered:
+            raise RefreshError(f"the server asked about the {question.about} of micro-batch {question.batch} twice: do not trust it, or report a bug")
+        self._answered.add((question.about, question.batch))
         shape = (training.packing.blocks(training.num_labels),) if question.about == LOSS else (training.layout.count,)
         ciphertext = training.backend.deserialize(question.ciphertext, "ciphertext")
         if ciphertext.batch_shape != shape:

@@ -59,7 +59,7 @@ def plan_step(model: nn.Module, parameters: CKKSParameters, packing: Packing, se
     """The plan of a training step of `model`, which gets the adapter of `settings` (pass a model of your own)."""
     session = CountingSession(parameters, packing)
     backend = session.backend
-    run = TrainingRun(session, model, settings)
+    run = TrainingRun(session, model, replace(settings, steps=max(settings.steps, 2)))
     fresh = backend.fresh(session.top)
     run.load(replace(fresh, batch_shape=(run.layout.count,)))
     ask = (lambda logits: fresh) if settings.loss_location == "client" else None
