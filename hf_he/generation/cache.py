@@ -136,14 +136,13 @@ class EncryptedCache(Cache):
         for layer in self.layers:
             layer.settle()
 
+    def last_lanes(self) -> np.ndarray:
+        """[T, B] of 0/1: where each prompt's last token is."""
+        return (np.arange(self.session.packing.tokens)[:, None] == self.lengths - 1).astype(np.float64)
+
     def positions(self) -> torch.Tensor:
         """[B, 1]: the rotary position of each sequence's next token."""
         return torch.from_numpy(self.lengths[:, None].copy())
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all lanes of a single token's states are the same."""
-        return self.prompts == 1
 
     def advance(self) -> None:
         """Count the token that every layer has appended."""

@@ -21,7 +21,7 @@ from hf_he.backends import HEBackend, get_backend
 from hf_he.ckks.parameters import parameter_set
 from hf_he.client import DEFAULT_PARAMETERS, MAX_REFRESHES_PER_BATCH, InferenceServer, Progress, Refresher
 from hf_he.errors import CorruptFileError, GenerationError, ParameterError, RangeError, ShapeError, WrongKeyError
-from hf_he.generation.messages import EncryptedPrompt, EncryptedToken, StoredCache
+from hf_he.generation.messages import CLIENT, SELECTIONS, SERVER, EncryptedPrompt, EncryptedToken, StoredCache
 from hf_he.generation.model import decoder_fingerprint, load_decoder
 from hf_he.generation.plan import generation_rotations
 from hf_he.generation.server import DEFAULT_CONTEXT
@@ -90,11 +90,17 @@ class GenerationClient:
     def identity(self) -> Identity:
         return Identity(self.backend.name, self.backend.parameters.fingerprint, self.model_fingerprint, self._keys.key_id)
 
-    def begin(self, prompts: Sequence[Sequence[int]], server: InferenceServer | None = None, progress: Progress | None = None) -> Generation:
+    def begin(
+        self, prompts: Sequence[Sequence[int]], server: InferenceServer | None = None, progress: Progress | None = None, select: str = CLIENT
+    ) -> Generation:
         """Send token ids of up to `packing.sequences` prompts, each of 1 to `packing.tokens`; `Generation.logits` are those after their last tokens.
 
-        Raises ShapeError for prompts that do not fit, RangeError for one that leaves a fitted range.
+        With `select` "server", for one prompt, the server takes the most likely token itself and needs no embedding of it: `Generation.chosen`.
+
+        Raises ShapeError for prompts that do not fit, RangeError for one that leaves a fitted range, ParameterError for an unknown `select`.
         """
+        if select not in SELECTIONS:
+            raise ParameterError(f"select must be one of {', '.join(SELECTIONS)}, got {select!r}")
         packing = self.packing
         if not 1 <= len(prompts) <= packing.sequences:
             raise ShapeError(
@@ -107,10 +113,10 @@ class GenerationClient:
         start = time.perf_counter()
         embeddings = self._encrypted(self._embedded(filled))
         lengths = tuple(generation.lengths[i % len(prompts)] for i in range(packing.sequences))
-        message = EncryptedPrompt(self.identity, lengths, len(prompts), embeddings)
-        generation.name = message.generation
+        message = EncryptedPrompt(self.identity, lengths, len(prompts), embeddings, select)
+        generation.name, generation.select = message.generation, select
         generation.seconds["encrypt"] += time.perf_counter() - start
-        generation.receive(message.to_bytes(), [length - 1 for length in generation.lengths], progress)
+        generation.receive(message.to_bytes(), progress)
         self.last = generation
         return generation
 
@@ -120,6 +126,7 @@ class GenerationClient:
         message = StoredCache.from_bytes(stored)
         message.identity.check(self.identity, "cache")
         generation = Generation(self, self._server(server), [len(prompt) for prompt in prompts], self._reference(), message.generation)
+        generation.select = CLIENT if message.choice is None else SERVER
         if tuple(generation.lengths) != message.lengths[: message.prompts]:
             raise GenerationError(f"the cache holds {message.lengths} tokens, {tuple(generation.lengths)} were given: pass all tokens but the last one chosen")
         if generation.reference is not None:
@@ -148,24 +155,26 @@ class GenerationClient:
     def refresher(self) -> Refresher:
         return Refresher(self.backend, self._keys, MAX_REFRESHES_PER_BATCH, max(2, widest_batch(self.model.config, self.packing)))
 
-    def encrypted_token(self, generation: str, seen: int, tokens: Sequence[int]) -> bytes:
-        """One token per sequence as a message."""
-        states = self._embedded(torch.tensor(tokens)[:, None])
+    def encrypted_token(self, generation: str, seen: int, tokens: Sequence[int] | None) -> bytes:
+        """One token per sequence as a message; None: the one that the server picked."""
+        if tokens is None:
+            return EncryptedToken(self.identity, generation, seen, None).to_bytes()
+        states = self._embedded(torch.tensor([[int(token)] for token in tokens]))
         return EncryptedToken(self.identity, generation, seen, self._encrypted(np.repeat(states, self.packing.tokens, axis=1))).to_bytes()
 
-    def decrypt(self, result: EncryptedResult, uniform: bool = False) -> np.ndarray:
-        """[B, T, vocabulary] logits of all lanes, or of a `uniform` token, which is one sequence's, [1, 1, vocabulary]. Raises the typed errors of a
-        result that does not fit."""
+    def decrypt(self, result: EncryptedResult, prompts: int) -> np.ndarray:
+        """[prompts, vocabulary] logits. Raises the typed errors of a result that does not fit."""
         result.identity.check(self.identity, "encrypted result")
         ciphertext = self.backend.deserialize(result.logits, "ciphertext")
         vocabulary, packing = self.model.config.vocab_size, self.packing
         if ciphertext.key_id != self._keys.key_id:
             raise WrongKeyError(f"the logits belong to key {ciphertext.key_id}, not {self._keys.key_id}: decrypt with the keys they were encrypted for")
+        uniform = prompts == 1
         count = Spread.of(vocabulary, packing).ciphertexts if uniform else packing.blocks(vocabulary)
         if ciphertext.batch_shape != (count,):
             raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape}: client and server need the same version of hf_he")
         slots = self.backend.decrypt(ciphertext, self._keys.secret)
-        logits = unpack_uniform(slots, packing, vocabulary)[None, None] if uniform else unpack_state(slots, packing, vocabulary)
+        logits = unpack_uniform(slots, packing, vocabulary)[None] if uniform else unpack_state(slots, packing, vocabulary)[:prompts, 0]
         if not np.isfinite(logits).all():
             raise CorruptFileError("the result decrypts to numbers that are not finite (its scale is wrong): begin the generation again")
         return logits

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_he.client import InferenceServer, Progress
 from hf_he.errors import ModelMismatchError, ParameterError
 from hf_he.generation.client import GenerationClient
+from hf_he.generation.messages import CLIENT, SERVER
 
 
 @torch.no_grad()
@@ -32,12 +33,13 @@ def encrypted_generate(
     server: InferenceServer | None = None,
     token_streamer: BaseStreamer | None = None,
     progress: Progress | None = None,
-    select: str = "client",
+    select: str = CLIENT,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Prompts [B', L], padded on the left if at all, and the tokens chosen after them: [B', L + new].
 
     `server` takes the place of `client.server`. `token_streamer`: a TextStreamer or the like; transformers does not hand `streamer` to custom generation.
+    `select="server"`: the server takes the most likely token itself, by an encrypted argmax, and goes on with it; the client learns which it was.
     The generation stays available as `client.last`, its cache on the server.
 
     Raises ModelMismatchError when `client` was made for another vocabulary, ParameterError for beams or several returned sequences, and the errors of
@@ -45,12 +47,16 @@ def encrypted_generate(
     """
     if model.config.vocab_size != client.model.config.vocab_size or model.config.model_type != client.model.config.model_type:
         raise ModelMismatchError("the client was made for another model: build both from one folder")
+    if select == SERVER and (generation_config.do_sample or len(logits_processor) or len(input_ids) > 1):
+        raise ParameterError(
+            "the server picks the most likely token of one prompt: leave sampling, logits processors and other prompts out, or select='client'"
+        )
     if generation_config.num_beams > 1:
         raise ParameterError("encrypted generation has no beam search: each beam would need its own cache; use num_beams=1")
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
-    generation = client.begin([row.tolist() for row in rows], server, progress)
+    generation = client.begin([row.tolist() for row in rows], server, progress, select)
     if token_streamer is not None:
         token_streamer.put(input_ids)
     unfinished = torch.ones(len(rows), dtype=torch.long)
@@ -61,7 +67,9 @@ def encrypted_generate(
         processed = logits_processor(input_ids, logits)
         raw.append(logits)
         scores.append(processed)
-        if generation_config.do_sample:
+        if select == SERVER:
+            tokens = torch.tensor([generation.chosen])
+        elif generation_config.do_sample:
             tokens = torch.multinomial(processed.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = processed.argmax(-1)

@@ -27,6 +27,7 @@ from hf_he.serialization import pack, unpack
 PROMPT_KIND, TOKEN_KIND, CHOICE_KIND = "encrypted_prompt", "encrypted_token", "generated_token"
 CACHE_REQUEST_KIND, CACHE_KIND = "cache_request", "key_value_cache"
 CACHE_FORMAT = "1"
+SELECTIONS = CLIENT, SERVER = "client", "server"
 MAX_TOKENS = 2**17
 _ID = re.compile(r"[0-9a-f]{16}")
 _AGAIN = "write it again with this version of hf_he"
@@ -35,16 +36,18 @@ _AGAIN = "write it again with this version of hf_he"
 @dataclass(frozen=True)
 class EncryptedPrompt:
     """`embeddings`: one ciphertext tensor [hidden / c]; `lengths`: tokens of each packed sequence, whose later lanes hold other real tokens;
-    `prompts`: how many of the sequences differ, the others being copies."""
+    `prompts`: how many of the sequences differ, the others being copies; `select`: who picks the tokens, "client" or "server"."""
 
     identity: Identity
     lengths: tuple[int, ...]
     prompts: int
     embeddings: bytes = field(repr=False)
+    select: str = CLIENT
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def to_bytes(self) -> bytes:
         metadata = {**self.identity.to_metadata(), "generation": self.generation, "lengths": json.dumps(self.lengths), "prompts": str(self.prompts)}
+        metadata["select"] = self.select
         return pack(PROMPT_KIND, {"embeddings": as_array(self.embeddings)}, metadata)
 
     @classmethod
@@ -52,7 +55,9 @@ class EncryptedPrompt:
         arrays, metadata = unpack(data, PROMPT_KIND)
         lengths = read_lengths(metadata)
         prompts = _prompts(metadata, lengths)
-        return cls(Identity.from_metadata(metadata), lengths, prompts, as_bytes(arrays, "embeddings"), _generation(metadata))
+        if metadata.get("select") not in SELECTIONS:
+            raise CorruptFileError(f"the prompt does not say who picks the tokens: {_AGAIN}")
+        return cls(Identity.from_metadata(metadata), lengths, prompts, as_bytes(arrays, "embeddings"), metadata["select"], _generation(metadata))
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class StoredCache:
-    """A serialised cache: per layer one ciphertext tensor [chunks] of keys and one of values; no layers where a server only confirms.
+    """A serialised cache: per layer one ciphertext tensor [chunks] of keys and one of values; no layers where a server only confirms. `choice`: the
+    token that the server picked last, if it does.
 
     The format version is part of the file; `lengths` are the tokens it holds of each sequence, `tokens` the lanes of a chunk.
     """
@@ -110,11 +116,14 @@ class StoredCache:
     prompts: int
     tokens: int
     layers: Sequence[tuple[bytes, bytes]] = field(repr=False)
+    choice: bytes | None = field(default=None, repr=False)
 
     def to_bytes(self) -> bytes:
         arrays = {}
         for index, (keys, values) in enumerate(self.layers):
             arrays |= {f"layers.{index}.keys": as_array(keys), f"layers.{index}.values": as_array(values)}
+        if self.choice is not None:
+            arrays["choice"] = as_array(self.choice)
         metadata = {"cache_format": CACHE_FORMAT, "generation": self.generation, "lengths": json.dumps(self.lengths), "tokens": str(self.tokens)}
         metadata["prompts"] = str(self.prompts)
         return pack(CACHE_KIND, arrays, {**self.identity.to_metadata(), **metadata})
@@ -125,11 +134,13 @@ class StoredCache:
         if metadata.get("cache_format") != CACHE_FORMAT:
             raise CorruptFileError(f"this cache has another format than {CACHE_FORMAT}, the one this hf_he reads: begin the generation again")
         names = [(f"layers.{index}.keys", f"layers.{index}.values") for index in range(len(arrays) // 2)]
-        if set(arrays) != {name for pair in names for name in pair}:
+        if set(arrays) - {"choice"} != {name for pair in names for name in pair}:
             raise CorruptFileError(f"the cache misses the keys or values of a layer: {_AGAIN}")
         layers = [(as_bytes(arrays, keys), as_bytes(arrays, values)) for keys, values in names]
         lengths = read_lengths(metadata)
-        return cls(Identity.from_metadata(metadata), _generation(metadata), lengths, _prompts(metadata, lengths), _count(metadata, "tokens"), layers)
+        choice = as_bytes(arrays, "choice") if "choice" in arrays else None
+        prompts, tokens = _prompts(metadata, lengths), _count(metadata, "tokens")
+        return cls(Identity.from_metadata(metadata), _generation(metadata), lengths, prompts, tokens, layers, choice)
 
 
 def read_lengths(metadata: dict[str, str]) -> tuple[int, ...]:

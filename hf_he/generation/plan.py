@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from transformers import PreTrainedModel
 
+from hf_he.backends.base import Ciphertext
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.generation.cache import EncryptedCache
+from hf_he.generation.decoder import EncryptedDecoder
+from hf_he.ops.argmax import MAX_CANDIDATES
 from hf_he.packing import Packing
 from hf_he.planner import CountingSession
 
@@ -25,40 +28,53 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """The prompt, and a token for each number of chunks that the cache may have: of one sequence (`tokens`) and of several (`batched_tokens`)."""
+    """The prompt, and a token for each number of chunks that the cache may have: of one sequence (`tokens`), of several (`batched_tokens`), and the
+    server's choice of a token, where the vocabulary is small enough."""
 
     prompt: StepPlan
     tokens: tuple[StepPlan, ...]
     batched_tokens: tuple[StepPlan, ...]
+    choice: StepPlan | None
 
     @property
     def rotations(self) -> set[int]:
-        return {step for plan in (self.prompt, *self.tokens, *self.batched_tokens) for step in plan.rotations}
+        plans = [self.prompt, *self.tokens, *self.batched_tokens, *([] if self.choice is None else [self.choice])]
+        return {step for plan in plans for step in plan.rotations}
 
 
-@torch.no_grad()
-def plan_generation(model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int | None = None) -> GenerationPlan:
+def plan_generation(
+    model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int | None = None, uniform: bool = True
+) -> GenerationPlan:
     """Run `model` on a backend that only counts: a prompt that fills all lanes but one, then the first token in each chunk of the cache."""
     session = CountingSession(parameters, packing)
-    backend = session.backend
+    backend, decoder = session.backend, EncryptedDecoder(session, model, uniform)
 
-    def run(cache: EncryptedCache, **arguments: torch.Tensor) -> StepPlan:
+    def run(compute: Callable[[], Ciphertext]) -> tuple[StepPlan, Ciphertext]:
         backend.reset()
-        _ = model(inputs_embeds=session.state(session.top), past_key_values=cache, use_cache=True, **arguments).logits.ciphertext
-        cache.settle()
-        return StepPlan(backend.log.operations(), tuple(backend.refreshes), dict(backend.rotation_levels), dict(backend.seconds))
+        result = compute()
+        return StepPlan(backend.log.operations(), tuple(backend.refreshes), dict(backend.rotation_levels), dict(backend.seconds)), result
 
-    plans = []
-    for prompts in (1, packing.sequences):
-        cache = EncryptedCache(session, model.config, max_tokens, prompts)
+    prompts, tokens = [], []
+    for sequences in (1, packing.sequences):
+        cache = decoder.cache(max_tokens, sequences)
         cache.lengths[:] = max(packing.tokens - 1, 1)
-        prompt, tokens = run(cache), []
+        plan, logits = run(partial(decoder.prefill, cache, backend.fresh(session.top)))
+        prompts.append((plan, logits))
+        steps = []
         for chunk in range(-(-cache.max_tokens // packing.tokens)):
             cache.lengths[:] = chunk * packing.tokens or max(packing.tokens - 1, 1)
-            with session.single_token(cache.uniform):
-                tokens.append(run(cache, position_ids=cache.positions()))
-        plans.append(tuple(tokens))
-    return GenerationPlan(prompt, *plans)
+            steps.append(run(partial(decoder.decode, cache, backend.fresh(session.top)))[0])
+        tokens.append(tuple(steps))
+    prompt, logits = prompts[0]
+    if not uniform or decoder.vocabulary > min(MAX_CANDIDATES, packing.slots):
+        return GenerationPlan(replace(prompt, rotations=prompt.rotations | prompts[1][0].rotations), *tokens, None)
+    cache = decoder.cache(max_tokens, 1)
+    cache.lengths[:] = max(packing.tokens - 1, 1)
+    decoder.prefill(cache, backend.fresh(session.top))
+    choice, one_hot = run(partial(decoder.choose, logits))
+    with_choice, _ = run(partial(decoder.decode, cache, None, one_hot))
+    choice = replace(choice, rotations=choice.rotations | with_choice.rotations)
+    return GenerationPlan(replace(prompt, rotations=prompt.rotations | prompts[1][0].rotations), *tokens, choice)
 
 
 def generation_rotations(model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int) -> set[int]:

@@ -21,12 +21,16 @@ from typing import Any
 import torch
 
 from hf_he.backends import Ciphertext
-from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError
+from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, ParameterError
 from hf_he.generation.cache import EncryptedCache
+from hf_he.generation.decoder import EncryptedDecoder
 from hf_he.generation.messages import (
     CACHE_KIND,
     CACHE_REQUEST_KIND,
+    CHOICE_KIND,
+    CLIENT,
     PROMPT_KIND,
+    SERVER,
     TOKEN_KIND,
     CacheRequest,
     EncryptedPrompt,
@@ -35,6 +39,7 @@ from hf_he.generation.messages import (
 )
 from hf_he.generation.model import decoder_fingerprint, load_decoder
 from hf_he.keys import ServerKeys
+from hf_he.ops import argmax
 from hf_he.protocol import EncryptedResult
 from hf_he.server import Progress, Refresh, Server, message_kind
 
@@ -44,18 +49,20 @@ DEFAULT_CONTEXT = 64
 
 @dataclass
 class Generation:
-    """The cache of one generation and the last answer."""
+    """The cache of one generation, the last answer, and, where the server picks the tokens, its last choice."""
 
     cache: EncryptedCache
+    select: str = CLIENT
     answer: bytes = field(default=b"", repr=False)
+    choice: Ciphertext | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class TokenWork:
-    """A checked prompt or token."""
+    """A checked prompt or token; without embeddings, the token that the server picked."""
 
     message: EncryptedPrompt | EncryptedToken = field(repr=False)
-    embeddings: Ciphertext = field(repr=False)
+    embeddings: Ciphertext | None = field(repr=False)
 
 
 class GenerationServer(Server):
@@ -80,7 +87,8 @@ class GenerationServer(Server):
         self.tokens = context
         self.max_tokens = context if max_tokens is None else max_tokens
         super().__init__(model, evaluation_keys, refresh=refresh)
-        EncryptedCache(self.session, self.model.config, self.max_tokens)
+        self.decoder = EncryptedDecoder(self.session, self.model)
+        self.decoder.cache(self.max_tokens, 1)
         self._generations: OrderedDict[str, Generation] = OrderedDict()
 
     def describe(self) -> dict[str, Any]:
@@ -99,8 +107,8 @@ class GenerationServer(Server):
         kind = message_kind(data)
         if kind == PROMPT_KIND:
             return self._open_prompt(EncryptedPrompt.from_bytes(data))
-        if kind == TOKEN_KIND:
-            return self._open_token(EncryptedToken.from_bytes(data))
+        if kind in (TOKEN_KIND, CHOICE_KIND):
+            return self._open_token(EncryptedToken.from_bytes(data, kind))
         if kind == CACHE_REQUEST_KIND:
             request = CacheRequest.from_bytes(data)
             request.identity.check(self.identity, "cache request")
@@ -109,7 +117,7 @@ class GenerationServer(Server):
         if kind == CACHE_KIND:
             stored = StoredCache.from_bytes(data)
             stored.identity.check(self.identity, "cache")
-            return stored.generation, stored, EncryptedCache.restore(self.session, self.model.config, stored, self.max_tokens)
+            return stored, self._opened_cache(stored)
         if kind == "secret_key":
             return super().open(data)
         raise CorruptFileError("this is not a message to a generation server: client and server need the same version of hf_he")
@@ -140,12 +148,36 @@ class GenerationServer(Server):
             )
         if message.generation in self._generations:
             raise GenerationError("this prompt was sent before: encrypt it again to begin another generation")
+        if message.select == SERVER:
+            self._check_choice(message.prompts)
         return TokenWork(message, self._ciphertext(message.embeddings, (self._blocks,), "prompt"))
 
     def _open_token(self, message: EncryptedToken) -> TokenWork:
         message.identity.check(self.identity, "encrypted token")
-        self._generation(message.generation)
-        return TokenWork(message, self._ciphertext(message.embeddings, (self._blocks,), "token"))
+        generation = self._generation(message.generation)
+        if (message.embeddings is None) != (generation.select == SERVER):
+            raise GenerationError(f"the {generation.select} picks the tokens of this generation: begin another one with the other select")
+        embeddings = None if message.embeddings is None else self._ciphertext(message.embeddings, (self._blocks,), "token")
+        return TokenWork(message, embeddings)
+
+    def _opened_cache(self, stored: StoredCache) -> Generation:
+        cache = EncryptedCache.restore(self.session, self.model.config, stored, self.max_tokens)
+        if stored.choice is None:
+            return Generation(cache)
+        self._check_choice(stored.prompts)
+        choice = self.backend.deserialize(stored.choice, "ciphertext")
+        self.identity.check(replace(self.identity, key_id=choice.key_id), "choice")
+        if choice.batch_shape != (1,) or choice.components != 2:
+            raise CorruptFileError("the choice stored with this cache is not one ciphertext: begin the generation again")
+        return Generation(cache, SERVER, choice=choice)
+
+    def _check_choice(self, prompts: int) -> None:
+        vocabulary = self.model.config.vocab_size
+        if prompts != 1 or vocabulary > min(argmax.MAX_CANDIDATES, self.packing.slots):
+            raise ParameterError(
+                f"the server picks tokens for one prompt at a time and at most {min(argmax.MAX_CANDIDATES, self.packing.slots)} tokens, this is {prompts} "
+                f"and {vocabulary}: use select='client'"
+            )
 
     def _generation(self, name: str) -> Generation:
         if name not in self._generations:
@@ -165,9 +197,10 @@ class GenerationServer(Server):
     def _next(self, work: TokenWork, progress: Progress | None) -> bytes:
         message = work.message
         if isinstance(message, EncryptedPrompt):
-            generation = Generation(EncryptedCache(self.session, self.model.config, self.max_tokens, message.prompts))
-            generation.cache.lengths[:] = message.lengths
-            generation.answer = self._answer(message, partial(self._prefill, generation.cache, work.embeddings), progress)
+            cache = self.decoder.cache(self.max_tokens, message.prompts)
+            cache.lengths[:] = message.lengths
+            generation = Generation(cache, message.select)
+            self._answer(generation, message.generation, partial(self.decoder.prefill, cache, work.embeddings), progress)
             self._keep(message.generation, generation)
             return generation.answer
         generation = self._generation(message.generation)
@@ -180,43 +213,38 @@ class GenerationServer(Server):
             raise GenerationError(f"the cache is full with {seen} tokens: start the server with a larger max_tokens")
         before = cache.snapshot()
         try:
-            generation.answer = self._answer(message, partial(self._decode, cache, work.embeddings), progress)
+            self._answer(generation, message.generation, partial(self.decoder.decode, cache, work.embeddings, generation.choice), progress)
         except BaseException:
             cache.roll_back(before)
             raise
         cache.advance()
         return generation.answer
 
-    def _answer(self, message: EncryptedPrompt | EncryptedToken, compute: Callable[[], Ciphertext], progress: Progress | None) -> bytes:
+    def _answer(self, generation: Generation, name: str, compute: Callable[[], Ciphertext], progress: Progress | None) -> None:
+        """Logits, or the choice among them, into `generation`."""
         self._position = {"state": "running", "batch": 1, "batches": 1, "start": 0}
         if progress:
             progress(self.progress())
         before, start = self.session.refresh.count, time.perf_counter()
-        with torch.no_grad():
-            logits = self.backend.drop_level(compute(), 0)
+        result, choice = compute(), None
+        if generation.select == SERVER:
+            result = choice = self.decoder.choose(result)
+        result = self.backend.drop_level(result, 0)
         seconds = time.perf_counter() - start
         report = self._report(seconds, [seconds], self.session.refresh.count - before)
-        return EncryptedResult(self.identity, 1, message.generation, self.backend.serialize(logits), report).to_bytes()
-
-    def _prefill(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
-        state = self.session.hidden_state(embeddings)
-        logits = self.model(inputs_embeds=state, past_key_values=cache, use_cache=True).logits.ciphertext
-        cache.settle()
-        return logits
-
-    def _decode(self, cache: EncryptedCache, embeddings: Ciphertext) -> Ciphertext:
-        with self.session.single_token(cache.uniform):
-            state = self.session.hidden_state(embeddings)
-            return self.model(inputs_embeds=state, position_ids=cache.positions(), past_key_values=cache, use_cache=True).logits.ciphertext
+        generation.answer = EncryptedResult(self.identity, 1, name, self.backend.serialize(result), report).to_bytes()
+        generation.choice = choice
 
     # ---- caches as messages ----
     def _stored(self, request: CacheRequest) -> bytes:
         generation = self._generation(request.generation)
         stored = generation.cache.store(self.identity, request.generation)
+        if generation.choice is not None:
+            stored = replace(stored, choice=self.backend.serialize(generation.choice))
         if request.forget:
             del self._generations[request.generation]
         return stored.to_bytes()
 
-    def _restored(self, name: str, stored: StoredCache, cache: EncryptedCache) -> bytes:
-        self._keep(name, Generation(cache))
-        return replace(stored, layers=()).to_bytes()
+    def _restored(self, stored: StoredCache, generation: Generation) -> bytes:
+        self._keep(stored.generation, generation)
+        return replace(stored, layers=(), choice=None).to_bytes()

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_he.errors import CorruptFileError, GenerationError, RefreshError, ShapeError
-from hf_he.generation.messages import CacheRequest, StoredCache
+from hf_he.errors import CorruptFileError, GenerationError, RangeError, RefreshError, ShapeError
+from hf_he.generation.messages import CLIENT, CacheRequest, StoredCache
 from hf_he.protocol import EncryptedResult
 
 if TYPE_CHECKING:
     from hf_he.client import InferenceServer, Progress
     from hf_he.generation.client import GenerationClient
+
+MIN_SHARE = 0.9
+"""Of the token that a server picked: less is a tie."""
 
 
 class Reference:
@@ -60,13 +63,15 @@ class Reference:
 
 @dataclass
 class Generation:
-    """Sequences being generated. `lengths`: tokens sent so far; `logits` [B', vocabulary] predict the next ones."""
+    """Sequences being generated. `lengths`: tokens sent so far; `logits` [B', vocabulary] predict the next ones, or, where `select` is "server", are
+    near 1 for the token that the server picked."""
 
     client: GenerationClient = field(repr=False)
     server: InferenceServer = field(repr=False)
     lengths: list[int]
     reference: Reference | None = field(default=None, repr=False)
     name: str = ""
+    select: str = CLIENT
     logits: np.ndarray | None = field(default=None, repr=False)
     reports: list[dict[str, Any]] = field(default_factory=list, repr=False)
     seconds: dict[str, float] = field(default_factory=lambda: {"encrypt": 0.0, "server": 0.0, "decrypt": 0.0}, repr=False)
@@ -83,9 +88,9 @@ class Generation:
         if self.reference is not None:
             self.reference.step(tokens)
         start = time.perf_counter()
-        message = client.encrypted_token(self.name, max(self.lengths), tokens)
+        message = client.encrypted_token(self.name, max(self.lengths), tokens if self.select == CLIENT else None)
         self.seconds["encrypt"] += time.perf_counter() - start
-        self.receive(message, [0] * len(self.lengths), progress, uniform=len(self.lengths) == 1)
+        self.receive(message, progress)
         self.lengths = [length + 1 for length in self.lengths]
         return self.logits
 
@@ -96,8 +101,18 @@ class Generation:
         StoredCache.from_bytes(answer).identity.check(self.client.identity, "cache")
         return answer
 
-    def receive(self, message: bytes, lanes: Sequence[int], progress: Progress | None, uniform: bool = False) -> None:
-        """Send a message, answer refresh requests, keep the logits of one token lane per sequence; `uniform`: see `GenerationClient.decrypt`."""
+    @property
+    def chosen(self) -> int:
+        """The token that the server picked. Raises RangeError when its logits were too close to tell, or too large."""
+        share = self.logits[0]
+        if share.max() < MIN_SHARE or abs(share.sum() - 1.0) > 0.1:
+            raise RangeError(
+                f"the server's choice is a blend (its largest share is {share.max():.2f}): the logits were too close or too large; select on the client"
+            )
+        return int(share.argmax())
+
+    def receive(self, message: bytes, progress: Progress | None) -> None:
+        """Send a message, answer refresh requests, keep the logits."""
         refresher = self.client.refresher()
         start = time.perf_counter()
         answer = self.server.infer(message, refresher, progress)
@@ -107,13 +122,12 @@ class Generation:
         result = EncryptedResult.from_bytes(answer)
         if result.batch_id != self.name:
             raise CorruptFileError("the server answered for another generation: begin again")
-        logits = self.client.decrypt(result, uniform)
+        self.logits = self.client.decrypt(result, len(self.lengths))
         self.seconds["decrypt"] += time.perf_counter() - start
-        self.logits = np.stack([logits[index, lane] for index, lane in enumerate(lanes)])
         self.reports.append(result.report)
         self.sizes["sent"] += len(message)
         self.sizes["received"] += len(answer)
-        if self.reference is not None:
+        if self.reference is not None and self.select == CLIENT:
             self.max_logit_error = max(float(np.abs(self.logits - self.reference.logits).max()), self.max_logit_error or 0.0)
 
 
