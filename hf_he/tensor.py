@@ -138,7 +138,7 @@ class EncryptedSession(OperationContext):
     block of c features: q, k, v, kernel and slopes of attention, the centred state and two statistics of each LayerNorm, the wide
     input of the activation). "recompute": the states between the layers' parts, q, k, v and the scores; the rest is computed again from
     them. Two layers of 128 features with rank 2: 131 and 100 MB at N = 2^14, 0.79 and 0.63 GB at 2^16 (0.06 and 0.40 GB of that are the weights),
-    and a seventh more rotations in the backward. transformers' gradient checkpointing (use_reentrant=False) works with either and keeps nothing
+    and a sixth more rotations in the backward. transformers' gradient checkpointing (use_reentrant=False) works with either and keeps nothing
     within a layer (70 MB and 0.49 GB), at the price of a second forward. For bootstrapping give sequence weights of 16 or so: gradients then stay
     well above its error.
     """
