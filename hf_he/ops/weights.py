@@ -130,7 +130,7 @@ class WaitingRows(Operand):
 
     @property
     def level(self) -> int:
-        return _reach(self.source, ROWS_DEPTH, 0) if self.waiting else self._ciphertext.level
+        return min(_reach(operand, ROWS_DEPTH, 0) for operand in (self.source, self.vectors)) if self.waiting else self._ciphertext.level
 
     @property
     def ciphertext(self) -> Ciphertext:
