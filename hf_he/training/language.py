@@ -30,10 +30,11 @@ from hf_he.training.language_data import BlockDataset, batches, stress_blocks, t
 from hf_he.training.language_recipe import BASELINE, LanguageRecipe, LanguageStage
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.ranged_trainer import RangedTrainer
-from hf_he.training.stages import run_stage, stage_digest
+from hf_he.training.stages import run_stage, stage_digest, stage_report
 
 BATCH = 64
 DEV_BLOCKS = 512
+TEST_BLOCKS = 1_024
 _PENALTY_BLOCKS = 256
 _STRESS_BLOCKS = 512
 
@@ -78,9 +79,11 @@ class LanguagePipeline:
             for name in self.recipe.variants:
                 self.pretrain(seed, name)
                 self.finish(seed, name)
+                self.score(seed, name)
         for name in self.recipe.convert:
             self.convert(self.recipe.seeds[0], name)
             self.finish(self.recipe.seeds[0], f"{name}-converted")
+            self.score(self.recipe.seeds[0], f"{name}-converted")
 
     def runs(self) -> dict[str, list[int]]:
         """{name: seeds} of the finished models: the variants, then the converted ones, of the first seed only."""
@@ -168,11 +171,51 @@ class LanguagePipeline:
             report = self._fit(folder, model, stage, seed, self.recipe.pretrain_stage.tokens, RangePenalty.from_ranges(ranges))
             return report | {"calibration": {layer: asdict(entry) for layer, entry in ranges.items()}}
 
-        settings = {"calibration": [self.recipe.calibration_rows, self.recipe.margin], "degrees": asdict(self.recipe.degrees)} if run != BASELINE else {}
+        settings: dict[str, Any] = {}
+        if run != BASELINE:
+            degrees = self._relevant(asdict(self.recipe.degrees), run.removesuffix("-converted"))
+            settings = {"calibration": [self.recipe.calibration_rows, self.recipe.margin], "degrees": degrees}
         self._stage(self.folder(seed, run), settings, work, source, stage, seed)
 
+    def score(self, seed: int, run: str) -> None:
+        """Perplexities on dev and test in the modes the finished model has, and its ranges on test text and on stress blocks of another seed. Test
+        blocks are read here and nowhere earlier."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            if not self.state.is_main_process:
+                return {}
+            model = HEGPTNeoXForCausalLM.from_pretrained(self.folder(seed, run))
+            step = max(1, len(self.blocks["test"]) // (TEST_BLOCKS if self.max_steps is None else BATCH))
+            parts = {"dev": self._dev_blocks(), "test": self.blocks["test"][::step]}
+            report: dict[str, Any] = {part: {} for part in parts}
+            for mode in ("exact",) if run == BASELINE else ("exact", "polynomial"):
+                model.set_mode(mode)
+                results = {part: evaluate_perplexity(model, rows, batch_size=BATCH) for part, rows in parts.items()}
+                for part, result in results.items():
+                    report[part][mode] = round(result.perplexity, 4)
+            if run != BASELINE:
+                results["stress"] = evaluate_perplexity(
+                    model, stress_blocks(self.recipe.vocabulary, _STRESS_BLOCKS, self.recipe.block, seed=1), batch_size=BATCH
+                )
+                report["out_of_range"] = {part: result.out_of_range for part, result in results.items()}
+                report |= {"ranges": results["test"].ranges, "stress_ranges": results["stress"].ranges}
+            stages = [stage_report(self.folder(seed, run, stage)) for stage in ("pretrain", "final")]
+            return report | {"tokens": sum(stage["tokens"] for stage in stages), "training_seconds": sum(stage["seconds"] for stage in stages)}
+
+        settings = {"previous": stage_digest(self.folder(seed, run)), "max_steps": self.max_steps}
+        self._stage(self.folder(seed, run, "scores"), settings, work)
+
+    def _dev_blocks(self) -> torch.Tensor:
+        return self.blocks["dev"][: DEV_BLOCKS if self.max_steps is None else BATCH]
+
     def _targets(self, name: str) -> dict[str, Any] | None:
-        return None if name == BASELINE else asdict(self.recipe.targets) | {"stress_rows": self.recipe.stress_rows}
+        return None if name == BASELINE else self._relevant(asdict(self.recipe.targets), name) | {"stress_rows": self.recipe.stress_rows}
+
+    def _relevant(self, settings: dict[str, Any], name: str) -> dict[str, Any]:
+        """Without what only the other kernel's polynomials need."""
+        gaussian = self.recipe.variants[name]["attention_kernel"] == "gaussian_kernel"
+        other = ("power_mean", "score", "reciprocal_degree", "goldschmidt_steps") if gaussian else ("exponent", "squarings")
+        return {key: value for key, value in settings.items() if key not in other}
 
     def _some_blocks(self) -> dict[str, torch.Tensor]:
         return {"input_ids": self.blocks["train"][:_PENALTY_BLOCKS]}
@@ -213,7 +256,7 @@ class LanguagePipeline:
         if self.state.is_main_process:
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        result = evaluate_perplexity(model, self.blocks["dev"][: DEV_BLOCKS if self.max_steps is None else BATCH], batch_size=BATCH)
+        result = evaluate_perplexity(model, self._dev_blocks(), batch_size=BATCH)
         return {
             "dev_perplexity": result.perplexity,
             "tokens": steps * text_rows * processes * block,

@@ -132,7 +132,7 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
             corpus_tokens=report["tokens"]["train"],
             variant=variant,
             seed=seed,
-            minutes=run["seconds"] / 60.0,
+            minutes=run["training_seconds"] / 60.0,
             source=_SOURCES[kernel],
         ),
     )

@@ -10,25 +10,20 @@ from typing import Any
 import torch
 
 from hf_he.models import HEGPTNeoXForCausalLM
-from hf_he.perplexity import PerplexityResult, evaluate_perplexity
-from hf_he.training.language import BATCH, DEV_BLOCKS, LanguagePipeline
+from hf_he.training.language import LanguagePipeline
 from hf_he.training.language_card import language_card
-from hf_he.training.language_data import stress_blocks
 from hf_he.training.language_recipe import BASELINE
 from hf_he.training.stages import stage_report
 
-TEST_BLOCKS = 1_600
-CHECKED_STRESS_BLOCKS = 512
-
 
 def export(pipeline: LanguagePipeline, folder: Path) -> dict[str, Any]:
-    """Score every finished model on the held-out parts, write `folder`/report.json and `folder`/VARIANT for the variants to publish.
+    """Gather the scores of a finished run, write `folder`/report.json and `folder`/VARIANT for the variants to publish.
 
-    The seed that is published is the one with the lowest polynomial-mode perplexity on the dev part; test blocks are read here and nowhere earlier.
+    The seed that is published is the one with the lowest polynomial-mode perplexity on the dev part.
     """
     recipe = pipeline.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {run: {str(seed): _score(pipeline, seed, run) for seed in seeds} for run, seeds in pipeline.runs().items()}
+    runs = {run: {str(seed): stage_report(pipeline.folder(seed, run, "scores")) for seed in seeds} for run, seeds in pipeline.runs().items()}
     report = {
         "recipe": {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "data_dir")},
         "tokens": stage_report(pipeline.root / "text")["tokens"],
@@ -40,30 +35,6 @@ def export(pipeline: LanguagePipeline, folder: Path) -> dict[str, Any]:
         seed = min(recipe.seeds, key=lambda seed, seeds=runs[variant]: seeds[str(seed)]["dev"]["polynomial"])
         _publish(pipeline, variant, seed, report, folder / variant)
     return report
-
-
-def _score(pipeline: LanguagePipeline, seed: int, run: str) -> dict[str, Any]:
-    """Perplexities on dev and test in the modes the model has, and values outside their intervals on test text and on blocks unlike text."""
-    model = HEGPTNeoXForCausalLM.from_pretrained(pipeline.folder(seed, run))
-    trial = pipeline.max_steps is not None
-    step = max(1, len(pipeline.blocks["test"]) // (BATCH if trial else TEST_BLOCKS))
-    blocks = {"dev": pipeline.blocks["dev"][: BATCH if trial else DEV_BLOCKS], "test": pipeline.blocks["test"][::step]}
-    scores: dict[str, Any] = {split: {} for split in blocks}
-    for mode in ("exact",) if run == BASELINE else ("exact", "polynomial"):
-        model.set_mode(mode)
-        results: dict[str, PerplexityResult] = {split: evaluate_perplexity(model, rows, batch_size=BATCH) for split, rows in blocks.items()}
-        for split, result in results.items():
-            scores[split][mode] = round(result.perplexity, 4)
-        if mode == "polynomial":
-            unlike_text = stress_blocks(pipeline.recipe.vocabulary, CHECKED_STRESS_BLOCKS, pipeline.recipe.block, seed=1)
-            noise = evaluate_perplexity(model, unlike_text, batch_size=BATCH)
-            scores["out_of_range"] = {"dev": results["dev"].out_of_range, "test": results["test"].out_of_range, "stress": noise.out_of_range}
-            scores["ranges"] = results["test"].ranges
-            scores["stress_ranges"] = noise.ranges
-    stages = [stage_report(pipeline.folder(seed, run, stage)) for stage in ("pretrain", "final")]
-    scores["tokens"] = sum(stage["tokens"] for stage in stages)
-    scores["seconds"] = sum(stage["seconds"] for stage in stages)
-    return scores
 
 
 def _summary(run: str, seeds: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -121,9 +121,9 @@ def track_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, LayerR
 def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degrees, margin: float = 0.25) -> dict[str, dict[str, Any]]:
     """`config.approximations` for `model`: intervals wide enough for the observed `ranges` plus `margin`, with the given degrees.
 
-    Variances and power means get the margin as a factor on both sides (below a power mean's eps there is nothing), activations and scores a
-    symmetric interval (which halves the work of an even or odd polynomial), exponents a lower end and, should it need them, more squarings.
-    Ends are rounded outwards to two significant digits.
+    Variances get the margin as a factor on both sides, power means its p-th power, so that it is one of the scores (below a power mean's eps there
+    is nothing), activations and scores a symmetric interval (which halves the work of an even or odd polynomial), exponents a lower end and,
+    should it need them, more squarings. Ends are rounded outwards to two significant digits.
     """
     modules = {getattr(module, "layer_name", "") or name: module for name, module in model.named_modules()}
     functions = _activation_functions(model)
@@ -138,7 +138,8 @@ def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degre
         elif seen.statistic == "power_mean":
             config = modules[name].config
             floor = config.power_softmax_eps if config.power_softmax_length_agnostic else 0.0
-            interval = [max(floor, _round_down(seen.minimum / (1.0 + margin))), _round_up(seen.maximum * (1.0 + margin))]
+            factor = (1.0 + margin) ** config.power_softmax_degree
+            interval = [max(floor, _round_down(seen.minimum / factor)), _round_up(seen.maximum * factor)]
             entry = {"interval": interval, "degree": degrees.reciprocal_degree, "goldschmidt_steps": degrees.goldschmidt_steps}
         elif seen.statistic == "score":
             half = _round_up(max(-seen.minimum, seen.maximum) * (1.0 + margin))
