@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +29,9 @@ def adapted_model(model: nn.Module, settings: TrainingSettings) -> nn.Module:
     from peft import get_peft_model
 
     config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), modules_to_save=["classifier"], task_type="SEQ_CLS")
-    return get_peft_model(model, config).eval()
+    with warnings.catch_warnings():  # peft reads a name that transformers has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config).eval()
 
 
 def make_optimizer(settings: TrainingSettings) -> Optimizer:

@@ -1,7 +1,6 @@
 """EncryptedTrainer on the simulator: equal to its plaintext twin, transformers' conventions, resuming, and what is refused."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ JSON_KEYS = {
     "backend", "steps", "losses", "losses_polynomial", "adapter_relative_error", "seconds_per_step", "by_op", "operations", "bootstraps_per_step",
     "peak_memory_gb", "score_before", "score_after",
 }  # fmt: skip
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def twin_of(trainer, steps=None):

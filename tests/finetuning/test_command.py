@@ -1,0 +1,77 @@
+"""`hf-he finetune`: the JSON contract, tables, the plot, plaintext mode, and refusals in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import DATA
+from typer.testing import CliRunner
+
+from hf_he.cli import app
+from hf_he.errors import CheckpointError, DataError, ParameterError
+from hf_he.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+
+KEYS = {
+    "backend", "steps", "losses", "losses_polynomial", "adapter_relative_error", "seconds_per_step", "by_op", "operations", "bootstraps_per_step",
+    "peak_memory_gb", "score_before", "score_after",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneRecipe, "datasets", lambda self: (DATA, DATA))
+    arguments = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 8, "learning_rate": 0.002, "target_modules": ["value"], "lora_rank": 1}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": str(tiny), "arguments": arguments}))
+    return path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def test_encrypted_with_a_server_process(recipe, tmp_path):
+    data = json.loads(run("--encrypted", "--config", recipe, "--backend", "simulator", "--max-steps", 2, "--json"))
+    assert data.keys() == KEYS
+    assert data["steps"] == 2 == len(data["losses"]) and data["adapter_relative_error"] < 1e-4 and data["backend"] == "simulator"
+    assert (tmp_path / "run" / "losses.png").stat().st_size > 1000 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        run("--encrypted", "--config", recipe, "--backend", "simulator", "--max-steps", 2)
+    output = run("--encrypted", "--config", recipe, "--backend", "simulator", "--max-steps", 2, "--resume")
+    for expected in ("Loss before each update", "Server time of a step", "planner's estimate", "adapter against the twin", "2 in all"):
+        assert expected in output
+
+
+def test_plain_mode_gives_the_twin(recipe, tmp_path):
+    data = json.loads(run("--config", recipe, "--max-steps", 2, "--json"))
+    assert data.keys() == KEYS and data["backend"] == "plaintext" and data["losses"] is None and len(data["losses_polynomial"]) == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    with pytest.raises(ParameterError, match="add --encrypted"):
+        run("--config", recipe, "--resume")
+
+
+def test_prepare_names_the_commands(recipe, tmp_path):
+    output = run("--encrypted", "--prepare", "--config", recipe, "--backend", "simulator")
+    assert "hf-he serve --model" in output and "--finetune FOLDER" in output and "--resume" in output
+    assert (tmp_path / "run" / "client" / "keys" / "evaluation.keys").is_file()
+
+
+def test_recipes_are_checked(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text, message in (("a: 1", "the keys of a recipe"), ("[", "not YAML"), ("arguments: 3", "a table"), ("task: poetry", "not one of")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            load_finetune_recipe(path)
+    with pytest.raises(DataError, match="cannot read the recipe"):
+        load_finetune_recipe(tmp_path / "none.yaml")
+    with pytest.raises(DataError, match="unknown argument 'lora_depth'"):
+        FinetuneRecipe(arguments={"lora_depth": 3}).training_arguments()
+
+
+def test_the_shipped_recipe_is_readable():
+    recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / "finetune_mr" / "config.yaml")
+    assert recipe.training_arguments(max_steps=10).lora_rank == 2 and (recipe.model_folder / "config.json").is_file()
