@@ -20,6 +20,7 @@ from hf_he.backends.base import Ciphertext
 from hf_he.ops import arithmetic, reduce
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
+from hf_he.ops.selection import selected_rows
 from hf_he.packing import Packing
 
 ROWS_DEPTH = 2
@@ -199,6 +200,11 @@ class WaitingColumns(Operand):
     @property
     def ciphertext(self) -> Ciphertext:
         return self.at_least(self.level)
+
+    def select(self, rows: np.ndarray) -> Operand:
+        if not self.waiting:
+            return super().select(rows)
+        return WaitingColumns(self._spread, selected_rows(self._vectors, self._spread.operand.features, rows), len(rows))
 
     def prepare(self, depth: int) -> None:
         """Refresh what the numbers are computed from, so that `at_least(depth)` has `depth` levels, where the parameters allow that."""
