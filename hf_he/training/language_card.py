@@ -47,7 +47,7 @@ Without `import hf_he`, pass `trust_remote_code=True`; `modeling_hf_he.py` then 
 Per token of its own {vocabulary}-entry byte-level BPE, blocks of {context} tokens, every token but a block's first predicted; documents of the test
 part are in no other part. Polynomial mode computes, in floating point, the very polynomials that run under encryption; exact mode uses the functions
 they replace (the weights were fine-tuned for polynomial mode). "softmax" has the same shape, seed and order of the same {tokens:,} tokens, exact
-functions and no range penalty: the ratio to it is the price of encryption. The seed shipped is the best of {seeds} on the dev part.
+functions and no range penalty: the ratio to it is the price of encryption. Of {seeds} seeds the first is shipped.
 
 ## Approximations and ranges
 

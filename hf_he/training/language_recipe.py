@@ -52,7 +52,7 @@ class LanguageRecipe:
     the same tokens without a swap. `convert`: variants also obtained from the first seed's finished baseline, in `convert_stage` and the polynomial
     stage.
     `stress_rows`: blocks unlike text per batch that only the penalty sees. `calibration_rows`: training blocks that fix the intervals, widened
-    by `margin`. `publish`: variants whose best seed on the dev part is exported.
+    by `margin`. `publish`: variants whose first seed is exported.
     """
 
     kind: str = "language-model"

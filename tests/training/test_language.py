@@ -81,8 +81,7 @@ def test_published_folders_generate_in_polynomial_mode(trained):
         prompt = tokenizer("the whale is", return_tensors="pt")
         assert model.generate(**prompt, max_new_tokens=6, do_sample=False, eos_token_id=None).shape[1] == prompt["input_ids"].shape[1] + 6
         card = ModelCard.load(folder / "README.md")
-        best = min(report["runs"][name].values(), key=lambda scores: scores["dev"]["polynomial"])
-        assert card.data.eval_results[0].metric_value == round(best["test"]["polynomial"], 3)
+        assert card.data.eval_results[0].metric_value == round(report["runs"][name]["0"]["test"]["polynomial"], 3)
         assert ("US 12,647,248 B2" in card.text) == (name == "power_softmax")
         assert "{" not in card.text.replace("```", "")
         assert (folder / "modeling_hf_he.py").is_file()
