@@ -25,7 +25,7 @@ def evaluate(
     parameters: Annotated[str, typer.Option(help="Parameter set of encrypted mode; see `hf-he env`.")] = "n14",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) in the first two."""
+    """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) beside polynomial mode when encrypted."""
     from transformers import AutoTokenizer
 
     from hf_he.checkpoints import default_model
@@ -38,6 +38,8 @@ def evaluate(
     if mode not in ("exact", "polynomial", "encrypted"):
         raise DataError(f"unknown mode {mode!r}: choose exact, polynomial or encrypted.")
     if task == "lm":
+        if mode == "encrypted":
+            return _evaluate_decoder(model, split, data_dir, limit or 100, max_length or MAX_LENGTH, backend, parameters, json_output)
         return _evaluate_language(model, split, mode, data_dir, limit, max_length, batch_size, json_output)
     directory = model or default_model()
     rows = load_dataset(task, split, data_dir).spread(limit)
@@ -63,12 +65,9 @@ def _evaluate_language(
     model: Path | None, split: str, mode: str, data_dir: Path | None, limit: int | None, max_length: int | None, batch_size: int, json_output: bool
 ) -> None:
     from hf_he.checkpoints import default_decoder
-    from hf_he.errors import DataError
     from hf_he.scripts.display import console, print_json
     from hf_he.scripts.evaluate_language import BLOCK, evaluate_language
 
-    if mode == "encrypted":
-        raise DataError("decoders have no encrypted perplexity: use --mode polynomial, the same numbers in plaintext, or `hf-he generate`.")
     data = evaluate_language(model or default_decoder(), split, mode, data_dir, limit, max_length or BLOCK, batch_size)
     if json_output:
         print_json(data)
@@ -76,6 +75,33 @@ def _evaluate_language(
     console.print(f"lm {split}, {data['blocks']} blocks of {data['block']} tokens, {mode} mode", style="bold")
     console.print(f"perplexity {data['perplexity']:.3f} per token, {data['bits_per_byte']:.3f} bits per byte")
     _print_ranges(data)
+
+
+def _evaluate_decoder(model: Path | None, split: str, data_dir: Path | None, limit: int, tokens: int, backend: str, parameters: str, json_output: bool) -> None:
+    from rich.table import Table
+
+    from hf_he.checkpoints import default_decoder
+    from hf_he.decoder_evaluation import evaluate_encrypted
+    from hf_he.scripts.display import console, count_progress, print_json, progress_bar
+    from hf_he.scripts.evaluate_language import load_decoder, spread_blocks
+
+    directory = model or default_decoder()
+    decoder, tokenizer = load_decoder(directory, "polynomial")
+    blocks = spread_blocks(tokenizer, split, data_dir, tokens, limit)
+    with progress_bar("Running the decoder on ciphertexts") as progress:
+        result = evaluate_encrypted(decoder, blocks, backend, parameters, count_progress(progress))
+    if json_output:
+        print_json({"task": "lm", "split": split, "mode": "encrypted", "kernel": decoder.config.attention_kernel, **result.to_dict()})
+        return
+    console.print(f"lm {split}, {result.prefixes} prefixes of {result.tokens} tokens, {decoder.config.attention_kernel}, {result.backend}", style="bold")
+    console.print(
+        f"logits: mean squared error {result.mse:.2e}, largest {result.max_logit_error:.2e}; same next token {result.same_next_token:.1%}, "
+        f"at every position {result.same_tokens:.2%}; perplexity {result.perplexity:.3f}, polynomial mode {result.perplexity_polynomial:.3f}"
+    )
+    table = Table("part", "seconds", title=f"A batch of {result.batch}: {result.seconds:.2f} s, {result.refreshes:.0f} refreshes")
+    for name, spent in (*result.seconds_by_part.items(), *((f"of which {n}", s) for n, s in result.seconds_by_primitive.items() if n in ("rotate", "encode"))):
+        table.add_row(name.replace("_", " "), f"{spent:.3f}")
+    console.print(table)
 
 
 def _load_classifier(directory: Path, mode: str):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_he.corpora import load_documents
 from hf_he.errors import DataError
@@ -22,6 +22,18 @@ def evaluate_language(directory: Path, split: str, mode: str, data_dir: Path | N
 
     Raises DataError for a folder without a model, a stock model in polynomial mode, or blocks longer than the model's context.
     """
+    model, tokenizer = load_decoder(directory, mode)
+    if block > model.config.max_position_embeddings:
+        raise DataError(f"blocks of {block} tokens exceed the model's context of {model.config.max_position_embeddings}: lower --max-length.")
+    blocks = spread_blocks(tokenizer, split, data_dir, block, limit)
+    result = evaluate_perplexity(model, blocks, batch_size=batch_size, progress=True)
+    size = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:]))
+    scores = {"task": "lm", "split": split, "blocks": len(blocks), "block": block, "bits_per_byte": result.bits_per_token * result.tokens / size}
+    return scores | result.to_dict()
+
+
+def load_decoder(directory: Path, mode: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in `mode` and its tokenizer. Raises DataError for a folder without a model, or a stock model in another mode than exact."""
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
@@ -29,13 +41,12 @@ def evaluate_language(directory: Path, split: str, mode: str, data_dir: Path | N
         model.set_mode(mode)
     elif mode != "exact":
         raise DataError(f"{type(model).__name__} has no {mode} mode: convert it with hf_he.convert_gpt_neox or convert_llama, or use --mode exact.")
-    if block > model.config.max_position_embeddings:
-        raise DataError(f"blocks of {block} tokens exceed the model's context of {model.config.max_position_embeddings}: lower --max-length.")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    blocks = token_blocks(tokenizer, load_documents(split, data_dir=data_dir), block)
+    return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def spread_blocks(tokenizer: PreTrainedTokenizerBase, split: str, data_dir: Path | None, length: int, limit: int | None) -> torch.Tensor:
+    """Token ids [rows, length] of `limit` blocks, at equal distances, of a split."""
+    blocks = token_blocks(tokenizer, load_documents(split, data_dir=data_dir), length)
     if limit is not None and limit < len(blocks):
         blocks = blocks[[row * len(blocks) // limit for row in range(limit)]]
-    result = evaluate_perplexity(model, blocks, batch_size=batch_size, progress=True)
-    size = sum(len(text.encode()) for text in tokenizer.batch_decode(blocks[:, 1:]))
-    scores = {"task": "lm", "split": split, "blocks": len(blocks), "block": block, "bits_per_byte": result.bits_per_token * result.tokens / size}
-    return scores | result.to_dict()
+    return blocks
