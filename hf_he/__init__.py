@@ -37,6 +37,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "Client": "hf_he.client",
     "EncryptedTensor": "hf_he.tensor",
+    "EncryptedTrainer": "hf_he.finetuning.trainer",
+    "EncryptedTrainingArguments": "hf_he.finetuning.arguments",
+    "FinetuneServer": "hf_he.finetuning.server",
     "HELoraConfig": "hf_he.peft",
     "GenerationClient": "hf_he.generation.client",
     "GenerationServer": "hf_he.generation.server",
@@ -49,6 +52,9 @@ _LAZY = {
 __all__ = [
     "Client",
     "EncryptedTensor",
+    "EncryptedTrainer",
+    "EncryptedTrainingArguments",
+    "FinetuneServer",
     "GenerationClient",
     "GenerationServer",
     "HEBertConfig",

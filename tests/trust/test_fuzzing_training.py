@@ -9,6 +9,7 @@ from mutation import NUMBERS, Outcomes, damaged, generator, json_value, sealed
 from tiny_model import SENTENCES, save_tiny_model
 
 from hf_he.client import Client
+from hf_he.errors import SecretKeyOnServerError
 from hf_he.finetuning.checkpoint import Checkpoint
 from hf_he.finetuning.client import TrainingClient
 from hf_he.finetuning.protocol import AdapterRequest, EncryptedAdapterMessage, Question, RunId, StepResult, TrainingSettings, TrainingSetup, TrainingStep
@@ -160,6 +161,14 @@ def test_results_and_adapters_are_checked_before_they_are_believed(training, ser
         with outcomes.expect(f"adapter {how}"):
             _, state = training.read_adapter(replace(adapter, weights=inner).to_bytes())
             assert all(values.isfinite().all() for values in state.values())
+
+
+def test_no_secret_key_reaches_a_training_server(training, server, tmp_path):
+    for handed in (training.client.keys, training.client.keys.secret, training.backend.serialize(training.client.keys.secret, allow_secret=True)):
+        with pytest.raises(SecretKeyOnServerError):
+            FinetuneServer(training.client.directory, handed, tmp_path)
+    with pytest.raises(SecretKeyOnServerError, match="consider that key lost"):
+        server.open(training.backend.serialize(training.client.keys.secret, allow_secret=True))
 
 
 def test_checkpoints(server):
