@@ -21,6 +21,7 @@ from hf_he.backends import HEBackend, get_backend
 from hf_he.ckks.parameters import parameter_set
 from hf_he.client import DEFAULT_PARAMETERS, MAX_REFRESHES_PER_BATCH, InferenceServer, Progress, Refresher
 from hf_he.errors import CorruptFileError, GenerationError, ParameterError, RangeError, ShapeError, WrongKeyError
+from hf_he.generation.adapter import EncryptedLora, encrypt_adapter, is_encrypted
 from hf_he.generation.messages import CLIENT, SELECTIONS, SERVER, EncryptedPrompt, EncryptedToken, StoredCache
 from hf_he.generation.model import decoder_fingerprint, load_decoder
 from hf_he.generation.plan import generation_rotations
@@ -29,6 +30,7 @@ from hf_he.generation.session import Generation, Reference, no_refresh
 from hf_he.keys import Keys
 from hf_he.ops.uniform import Spread, unpack_uniform
 from hf_he.packing import Packing, pack_embeddings, unpack_state
+from hf_he.peft import HELoraConfig
 from hf_he.protocol import EncryptedResult, Identity, widest_batch
 
 
@@ -37,7 +39,7 @@ class GenerationClient:
 
     `adapter`, `context` and `max_tokens` are those of the server. The plaintext polynomial model on this side embeds tokens and, with `check`, runs
     along: a token whose values would leave a fitted range is refused before anything is encrypted, and `Generation.max_logit_error` compares.
-    Without `check` (an adapter that only the server holds, still encrypted) neither happens.
+    An adapter that stays encrypted on the server (`encrypt_adapter`) the client decrypts for that; without `check` neither happens.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class GenerationClient:
     ) -> None:
         self.directory = Path(directory)
         self.backend = backend
-        self.model: PreTrainedModel = load_decoder(directory, adapter).double()
+        self._uniform = not is_encrypted(adapter)
+        self._encrypted_adapter = EncryptedLora.load(adapter) if is_encrypted(adapter) else None
+        self.model: PreTrainedModel = load_decoder(directory, None if self._encrypted_adapter else adapter).double()
         self.model_fingerprint = decoder_fingerprint(directory, adapter)
         self.packing = Packing.fit(backend.parameters.slots, self.model.config.hidden_size, context)
         self.max_tokens = context if max_tokens is None else max_tokens
@@ -79,10 +83,18 @@ class GenerationClient:
         if keys.backend.name != self.backend.name or keys.backend.parameters.fingerprint != self.backend.parameters.fingerprint:
             raise ParameterError(f"these keys are for the {keys.backend.name} backend or for other parameters: build the client with keys=... instead")
         self.keys = keys
+        if self._encrypted_adapter is not None and self.check:
+            self.model = self._encrypted_adapter.decrypt(self.model, self.packing, self.backend, keys)
+            self._encrypted_adapter = None
 
-    def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
-        """Fresh keys for exactly the rotations that prompts and tokens of this decoder need, and for bootstrapping if asked."""
-        rotations = generation_rotations(self.model, self.backend.parameters, self.packing, self.max_tokens)
+    def encrypt_adapter(self, adapter: str | Path, folder: str | Path) -> Path:
+        """A plain PEFT adapter of this client's model, encrypted, into `folder`: what GenerationServer takes as `adapter`. Returns the file."""
+        return encrypt_adapter(self.model, adapter, self.identity, self.packing, self.backend, self._keys).save(folder)
+
+    def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False, lora: HELoraConfig | None = None) -> Keys:
+        """Fresh keys for exactly the rotations that prompts and tokens of this decoder need, for those of an adapter `lora` that stays encrypted, and for
+        bootstrapping if asked."""
+        rotations = generation_rotations(self.model, self.backend.parameters, self.packing, self.max_tokens, lora)
         self.use_keys(Keys.generate(self.backend, rotations, progress, bootstrapping=bootstrapping))
         return self._keys
 
@@ -169,7 +181,7 @@ class GenerationClient:
         vocabulary, packing = self.model.config.vocab_size, self.packing
         if ciphertext.key_id != self._keys.key_id:
             raise WrongKeyError(f"the logits belong to key {ciphertext.key_id}, not {self._keys.key_id}: decrypt with the keys they were encrypted for")
-        uniform = prompts == 1
+        uniform = prompts == 1 and self._uniform
         count = Spread.of(vocabulary, packing).ciphertexts if uniform else packing.blocks(vocabulary)
         if ciphertext.batch_shape != (count,):
             raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape}: client and server need the same version of hf_he")

@@ -13,6 +13,7 @@ from hf_he.checkpoints import model_fingerprint
 from hf_he.errors import CorruptFileError, DataError, HEError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ENCRYPTED_ADAPTER_FILE = "adapter.enc"
 
 
 def load_decoder(directory: str | Path, adapter: str | Path | None = None) -> PreTrainedModel:
@@ -54,6 +55,8 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _adapter_files(adapter: Path) -> list[Path]:
+    if (adapter / ENCRYPTED_ADAPTER_FILE).is_file():
+        return [adapter / ENCRYPTED_ADAPTER_FILE]
     files = [adapter / name for name in ADAPTER_FILES]
     if not all(path.is_file() for path in files):
         raise DataError(f"{adapter} holds no PEFT adapter: give a folder with {' and '.join(ADAPTER_FILES)}")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from hf_he.backends.base import Ciphertext
 from hf_he.ckks.parameters import CKKSParameters
+from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.generation.decoder import EncryptedDecoder
 from hf_he.ops.argmax import MAX_CANDIDATES
 from hf_he.packing import Packing
+from hf_he.peft import HELoraConfig
 from hf_he.planner import CountingSession
 
 
@@ -77,6 +81,21 @@ def plan_generation(
     return GenerationPlan(replace(prompt, rotations=prompt.rotations | prompts[1][0].rotations), *tokens, choice)
 
 
-def generation_rotations(model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int) -> set[int]:
-    """Rotation steps that prompts and tokens use: what the evaluation keys must cover."""
-    return plan_generation(model, parameters, packing, max_tokens).rotations
+def generation_rotations(
+    model: PreTrainedModel, parameters: CKKSParameters, packing: Packing, max_tokens: int | None = None, lora: HELoraConfig | None = None
+) -> set[int]:
+    """Rotation steps that prompts and tokens use, with and without an adapter `lora` that stays encrypted: what the evaluation keys must cover."""
+    rotations = plan_generation(model, parameters, packing, max_tokens).rotations
+    if lora is None:
+        return rotations
+    tuned = get_peft_model(copy.deepcopy(model), copy.deepcopy(lora)).eval()
+    session = CountingSession(parameters, packing)
+    layout = AdapterLayout.of(tuned, packing)
+    dense = replace(session.backend.fresh(session.top), batch_shape=(layout.count,))
+    EncryptedAdapter(session, tuned, layout, dense).install()
+    decoder = EncryptedDecoder(session, tuned.get_base_model(), uniform=False)
+    cache = decoder.cache(max_tokens, 1)
+    cache.lengths[:] = max(packing.tokens - 1, 1)
+    decoder.prefill(cache, session.backend.fresh(session.top))
+    decoder.decode(cache, session.backend.fresh(session.top))
+    return rotations | set(session.backend.rotation_levels)

@@ -22,6 +22,7 @@ import torch
 
 from hf_he.backends import Ciphertext
 from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, ParameterError
+from hf_he.generation.adapter import EncryptedLora, is_encrypted
 from hf_he.generation.cache import EncryptedCache
 from hf_he.generation.decoder import EncryptedDecoder
 from hf_he.generation.messages import (
@@ -68,7 +69,8 @@ class TokenWork:
 class GenerationServer(Server):
     """Runs a decoder on encrypted prompts and tokens.
 
-    `model` is a folder with a polynomial-mode causal language model, `adapter` one with a plain PEFT adapter to merge into it. `context`: token lanes of
+    `model` is a folder with a polynomial-mode causal language model, `adapter` one with a plain PEFT adapter to merge into it or with one that stays
+    encrypted (hf_he.generation.adapter). `context`: token lanes of
     a ciphertext, a power of two, and the longest prompt; sequences per generation follow from it. `max_tokens`: how many tokens of a sequence
     a cache may hold (default: `context`). The MAX_GENERATIONS last used caches are kept. Errors of `hf_he.Server`.
     """
@@ -87,7 +89,7 @@ class GenerationServer(Server):
         self.tokens = context
         self.max_tokens = context if max_tokens is None else max_tokens
         super().__init__(model, evaluation_keys, refresh=refresh)
-        self.decoder = EncryptedDecoder(self.session, self.model)
+        self.decoder = self._decoder()
         self.decoder.cache(self.max_tokens, 1)
         self._generations: OrderedDict[str, Generation] = OrderedDict()
 
@@ -132,7 +134,18 @@ class GenerationServer(Server):
 
     # ---- what the base class asks for ----
     def _load(self, model: str | Path) -> tuple[torch.nn.Module, str]:
-        return load_decoder(model, self._adapter), decoder_fingerprint(model, self._adapter)
+        plain = None if is_encrypted(self._adapter) else self._adapter
+        self._base_fingerprint = decoder_fingerprint(model)
+        return load_decoder(model, plain), decoder_fingerprint(model, self._adapter)
+
+    def _decoder(self) -> EncryptedDecoder:
+        if not is_encrypted(self._adapter):
+            return EncryptedDecoder(self.session, self.model)
+        lora = EncryptedLora.load(self._adapter)
+        lora.identity.check(replace(self.identity, model=self._base_fingerprint), "encrypted adapter")
+        tuned = lora.attach(self.model)
+        lora.install(self.session, tuned)
+        return EncryptedDecoder(self.session, tuned.get_base_model(), uniform=False)
 
     def _place(self) -> None:
         """Decoders run at the defaults of hf_he.ops, demand by demand."""
@@ -173,10 +186,10 @@ class GenerationServer(Server):
 
     def _check_choice(self, prompts: int) -> None:
         vocabulary = self.model.config.vocab_size
-        if prompts != 1 or vocabulary > min(argmax.MAX_CANDIDATES, self.packing.slots):
+        if prompts != 1 or not self.decoder.uniform or vocabulary > min(argmax.MAX_CANDIDATES, self.packing.slots):
             raise ParameterError(
-                f"the server picks tokens for one prompt at a time and at most {min(argmax.MAX_CANDIDATES, self.packing.slots)} tokens, this is {prompts} "
-                f"and {vocabulary}: use select='client'"
+                f"the server picks tokens for one prompt at a time, of at most {min(argmax.MAX_CANDIDATES, self.packing.slots)}, and without an encrypted "
+                f"adapter; this is {prompts} of {vocabulary}: use select='client'"
             )
 
     def _generation(self, name: str) -> Generation:

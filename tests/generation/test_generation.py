@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
 from hf_he.errors import GenerationError, ModelMismatchError, ParameterError, RangeError, ShapeError
 from hf_he.generation.plan import plan_generation
+from hf_he.peft import HELoraConfig
 
 PROMPT = "the old sea ship"
 
@@ -184,3 +185,31 @@ def test_cost_per_token_hardly_grows_with_the_context(rig):
     assert np.diff([count["rotate"] for count in counts]).tolist() == [1, 1]
     assert len({count["multiply"] for count in counts}) == len({len(plan.tokens[0].refreshes) for plan in plans}) == 1
     assert len(WORDS) == rig.model.config.vocab_size
+
+
+def test_an_adapter_that_stays_encrypted(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_decoder(tmp_path / "model"))
+    torch.manual_seed(1)
+    tuned = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["query_key_value", "dense"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.25)
+    tuned.save_pretrained(tmp_path / "adapter")
+    client = GenerationClient.from_pretrained(tmp_path / "model", backend="simulator", context=8)
+    keys = client.keygen(lora=HELoraConfig(r=2, target_modules=["query_key_value", "dense"]))
+    client.encrypt_adapter(tmp_path / "adapter", tmp_path / "encrypted")
+    server = GenerationServer(tmp_path / "model", keys.evaluation, context=8, adapter=tmp_path / "encrypted")
+    inside = [parameter for name, parameter in server.decoder.model.named_parameters() if "lora_" in name]
+    assert not inside and any("lora_" in name for name, _ in server.decoder.model.named_modules())
+    with_adapter = GenerationClient.from_pretrained(tmp_path / "model", keys=keys, context=8, adapter=tmp_path / "encrypted", server=server)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter").eval()
+    prompt = torch.tensor([[2, 4, 5, 6]])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    tokens = plain.generate(input_ids=prompt, **options, custom_generate=encrypted_generate, client=with_adapter)
+    assert tokens.tolist() == plain.generate(input_ids=prompt, **options).tolist()
+    assert with_adapter.last.max_logit_error < 1e-3
+    without = client.model(tokens[:, :-1]).logits[0, -1]
+    assert np.abs(with_adapter.last.logits[0] - without.detach().numpy()).max() > 0.01
+    with pytest.raises(ParameterError, match="encrypted adapter"):
+        with_adapter.begin([[2, 4]], select="server")
