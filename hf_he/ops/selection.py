@@ -1,4 +1,4 @@
-"""Some rows of a matrix with encrypted columns, in another order: what cutting a fused projection into queries, keys and values asks of an encrypted adapter."""
+"""Some rows of a matrix with encrypted columns, in another order: what cutting a fused projection into queries, keys and values asks of an adapter."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def test_an_adapter_that_stays_encrypted(tmp_path):
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
-                parameter.mul_(0.25)
+                parameter.mul_(1.5)
     tuned.save_pretrained(tmp_path / "adapter")
     client = GenerationClient.from_pretrained(tmp_path / "model", backend="simulator", context=8)
     keys = client.keygen(lora=HELoraConfig(r=2, target_modules=["query_key_value", "dense"]))
@@ -208,7 +208,7 @@ def test_an_adapter_that_stays_encrypted(tmp_path):
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     tokens = plain.generate(input_ids=prompt, **options, custom_generate=encrypted_generate, client=with_adapter)
     assert tokens.tolist() == plain.generate(input_ids=prompt, **options).tolist()
-    assert with_adapter.last.max_logit_error < 1e-3
+    assert with_adapter.last.max_logit_error < 1e-4
     without = client.model(tokens[:, :-1]).logits[0, -1]
     assert np.abs(with_adapter.last.logits[0] - without.detach().numpy()).max() > 0.01
     with pytest.raises(ParameterError, match="encrypted adapter"):
