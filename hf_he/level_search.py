@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,12 @@ class Choice:
 
 
 class CountingSession(EncryptedSession):
-    """A session on a CountingBackend: plaintexts have shapes only."""
+    """A session on a CountingBackend: plaintexts have shapes only. `features`: of a hidden state (default: one ciphertext)."""
 
-    def __init__(self, parameters: CKKSParameters, packing: Packing) -> None:
+    def __init__(self, parameters: CKKSParameters, packing: Packing, features: int | None = None) -> None:
         backend = CountingBackend(parameters)
         super().__init__(backend, packing, backend)
+        self._features = packing.features if features is None else features
         self._shapes: dict[Any, tuple[int, ...]] = {}
 
     def encoded(self, owners: tuple[Any, ...], tag: Any, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
@@ -47,7 +48,8 @@ class CountingSession(EncryptedSession):
         return Plaintext(None, shape[:-1], level, scale, shape[-1])
 
     def state(self, level: int) -> EncryptedTensor:
-        return self.hidden_state(self.backend.fresh(level))
+        blocks = self.packing.blocks(self._features)
+        return self.hidden_state(replace(self.backend.fresh(level), batch_shape=(blocks,)), self._features)
 
     def mask(self) -> EncryptedTensor:
         return self.attention_mask(self.backend.fresh(self.top))
@@ -63,9 +65,9 @@ Stage = Callable[[], Iterable[Choice]]
 
 
 def refresh_seconds(session: CountingSession) -> float:
-    """Of one ciphertext."""
+    """Of one hidden state."""
     session.backend.reset()
-    session.backend.refresh(session.backend, session.backend.fresh(0), 0)
+    session.backend.refresh(session.backend, session.state(0).ciphertext, 0)
     return session.backend.total_seconds
 
 

@@ -49,7 +49,7 @@ class Plan:
 
 def make_plan(model: nn.Module, parameters: CKKSParameters, packing: Packing) -> Plan:
     """The plan of a HEBert sequence classifier or a decoder (all positions, no padding mask) in polynomial mode."""
-    session = CountingSession(parameters, packing)
+    session = CountingSession(parameters, packing, model.config.hidden_size)
     backend = session.backend
     with torch.no_grad():
         levels = cheapest(_stages(model, session), session)

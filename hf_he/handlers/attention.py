@@ -13,7 +13,7 @@ from hf_he.approximation import KernelExponential, Polynomial, Reciprocal
 from hf_he.attention import gaussian_kernel_attention, power_softmax_attention
 from hf_he.backends.base import Ciphertext
 from hf_he.handlers import cached
-from hf_he.ops import attention, power_softmax
+from hf_he.ops import attention, feature_major_attention, power_softmax
 from hf_he.ops.operand import Operand
 from hf_he.tensor import HEADS, MASK, SPLIT, EncryptedTensor, handler, unsupported
 
@@ -40,9 +40,12 @@ def _attention(
     context, causal = query.session, getattr(module, "is_causal", False)
     scaling = head_dim**-0.5 if scaling is None else scaling
     if not causal and any(tensor.requires_grad for tensor in (query, key, value)):
+        if context.packing.features == 1:
+            raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
         return autograd.call(autograd.Attention, query, key, value, attention_mask, scaling, approximation, context.levels(module)), None
     levels = context.levels(module) or attention.default_levels(context, approximation.squarings, causal)
-    out = attention.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
+    form = feature_major_attention if context.packing.features == 1 else attention
+    out = form.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
     return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
 
 

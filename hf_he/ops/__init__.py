@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from hf_he.errors import ShapeError, UnsupportedModelError
-from hf_he.ops import attention, attention_gradient, linear, power_softmax, reduce, rotary, weights
+from hf_he.ops import attention, attention_gradient, feature_major_attention, linear, power_softmax, reduce, rotary, weights
 from hf_he.packing import Packing
 
 __all__ = ["DECODERS", "required_rotations"]
@@ -23,6 +23,8 @@ def required_rotations(config: Any, packing: Packing, lora_rank: int = 0, traini
     and backward with encrypted adapters and an encrypted head; plaintext ones are run with training=False.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
+    if packing.features == 1 and not training and config.model_type not in DECODERS and config.attention_kernel == "gaussian_kernel":
+        return feature_major_attention.rotations(packing)
     if packing.features != hidden:
         raise ShapeError(f"the packing has {packing.features} features per ciphertext, the model {hidden}: use Packing.fit(slots, {hidden}, tokens)")
     steps = _attention(config, packing) | reduce.rotations(packing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hf_he.approximation import Polynomial
@@ -13,6 +15,9 @@ from hf_he.ops.operand import Operand
 from hf_he.ops.placement import ActivationLevels
 
 DEFAULT_LEVELS = ActivationLevels()
+
+LARGEST_BATCH = 64
+"""Ciphertexts that are evaluated at once."""
 
 SLOPE_LEVEL = 2
 """Level of the derivative where it meets the gradient: the product has one level for a linear map."""
@@ -47,9 +52,13 @@ def mapped(context: OperationContext, operand: Operand, approximation: Polynomia
 
 
 def evaluated(context: OperationContext, ct: Ciphertext, approximation: Polynomial) -> Ciphertext:
-    """The polynomial of a mapped input."""
-    with context.backend.log.measure("activation"):
-        return polynomial.evaluate(context.backend, ct, approximation.coefficients)
+    """The polynomial of a mapped input; wide batches, of one feature per ciphertext, in pieces: powers are several times the input's size."""
+    backend, piece = context.backend, math.gcd(ct.count, LARGEST_BATCH)
+    with backend.log.measure("activation"):
+        if ct.count <= LARGEST_BATCH:
+            return polynomial.evaluate(backend, ct, approximation.coefficients)
+        pieces = (backend.take(ct, slice(start, start + piece)) for start in range(0, ct.count, piece))
+        return backend.reshape(backend.stack([polynomial.evaluate(backend, part, approximation.coefficients) for part in pieces]), ct.batch_shape)
 
 
 def gradient(context: OperationContext, ct: Ciphertext, approximation: Polynomial, upstream: Operand) -> Operand:

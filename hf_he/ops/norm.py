@@ -104,7 +104,7 @@ class WaitingNorm(Operand):
             return super().ciphertext.level
         if self._levels is not None:
             return self._levels.output
-        depth = statistic_depth(self._centre, self.context.uniform)
+        depth = statistic_depth(self._centre, sums_everywhere(self.context))
         available = self._source.level if self._source.level >= depth else self.context.top
         return min(inverse_root_level(self.context.top, self._layer[-1]) - 1, available - depth)
 
@@ -160,13 +160,13 @@ def statistics_of(
     backend, c = context.backend, context.packing.features
     low, upper = approximation.interval
     gain, shift = 2.0 / (upper - low), (2.0 * eps - low - upper) / (upper - low)
-    depth = statistic_depth(centre, context.uniform)
+    depth = statistic_depth(centre, sums_everywhere(context))
     level, first = levels.output, max(levels.output, levels.statistic) + depth
     if operand.level < first:
         operand.ensure(first)
     hidden = operand.at_least(operand.level if high else first)
     with backend.log.measure("norm"):
-        if context.uniform:
+        if sums_everywhere(context):
             enough = hidden.level - depth >= inverse_root_depth(approximation) + level + 1
             at = hidden.level if enough else levels.statistic + depth
             centred, mapped, factor = _uniform_statistic(context, hidden, at, operand.features, gain, shift, centre)
@@ -199,16 +199,20 @@ def normalised(context: OperationContext, statistics: Statistics, weight: torch.
         return backend.add_plain(out, context.encoded((bias,), "norm_bias", out.level, out.scale, lambda: blocks(bias, c)))
 
 
-def statistic_depth(centre: bool, uniform: bool = False) -> int:
-    """Levels from the input to the mapped variance."""
-    return STATISTIC_DEPTH if centre and not uniform else RMS_STATISTIC_DEPTH
+def sums_everywhere(context: OperationContext) -> bool:
+    """Whether sums over the features are right in every slot, without masks: one feature per ciphertext, or a state that is the same in every lane."""
+    return context.uniform or context.packing.features == 1
+
+
+def statistic_depth(centre: bool, everywhere: bool = False) -> int:
+    """Levels from the input to the mapped variance; `everywhere`: see `sums_everywhere`."""
+    return STATISTIC_DEPTH if centre and not everywhere else RMS_STATISTIC_DEPTH
 
 
 def _uniform_statistic(
     context: OperationContext, hidden: Ciphertext, level: int, features: int, gain: float, shift: float, centre: bool
 ) -> tuple[Ciphertext, Ciphertext, float]:
-    """factor * (x - mean), the mapped variance of x at `level`, and the factor, for a state that is the same in every lane: sums are right in
-    every feature.
+    """factor * (x - mean), the mapped variance of x at `level`, and the factor, where `sums_everywhere`.
 
     Without a level for the mean: features * x - sum is features * (x - mean), and features * sum x^2 - (sum x)^2 is features^2 * variance.
     """
