@@ -108,11 +108,12 @@ class Study:
         self._key = {"model": model_fingerprint(self.folder), "task": train.task, "rows": [len(train), len(dev)], "parameters": parameters}
         self._key |= {name: value for name, value in asdict(settings).items() if name in ("optimizer", "learning_rate", "schedule", "target_modules")}
         self._calibrated: TrainingSettings | None = None
-        self._costs: dict[Point, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._costs: dict[Point, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
 
     def run(self, points: Sequence[Point]) -> Iterator[Measured]:
         """Each point with each seed, in order; finished ones come from the file."""
         finished = self._finished()
+        self._costs = {entry.point: (entry.train, entry.infer) for entry in finished.values() if entry.train and entry.infer}
         for point in points:
             for seed in self.seeds:
                 key = (point, seed, self.settings.steps, self.settings.sequences)
@@ -205,7 +206,8 @@ class Study:
 
 
 def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One entry per point: mean and spread of the scores over the seeds, costs, and whether nothing measured is better at no more cost."""
+    """One entry per point: mean and spread of the scores over the seeds, the mean of the last losses (every point sees the same examples in the same
+    order), the score before training, costs, and whether nothing measured is better at no more cost."""
     rows = []
     for point in dict.fromkeys(entry.point for entry in measured):
         runs = [entry for entry in measured if entry.point == point]
@@ -219,6 +221,7 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 "lowest": min(scores, default=None),
                 "highest": max(scores, default=None),
                 "before": entry.before,
+                "loss": sum(run.last_loss for run in runs) / len(runs) if len(scores) == len(runs) else None,
                 "step_seconds": train.get("seconds"),
                 "step_refreshes": train.get("refreshes"),
                 "step_operations": dict(train.get("operations", {})),
@@ -249,6 +252,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     names = {"rank": "r", "squarings": "k", "norm_degree": "LN", "activation_degree": "act"}
     markers = {"rank": "o", "squarings": "s", "norm_degree": "^", "activation_degree": "D", "": "*"}
+    costs = [row["step_seconds"] for row in rows if row["score"] is not None]
+    middle = 0.5 * (min(costs) + max(costs))
     for row in rows:
         if row["score"] is None:
             continue
@@ -257,7 +262,10 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         label = ", ".join(f"{names[name]} = {row[name]}" for name in changed) or "centre"
         spread = [[row["score"] - row["lowest"]], [row["highest"] - row["score"]]]
         axis.errorbar(row["step_seconds"], row["score"], yerr=spread, fmt=markers[kind], color=f"C{list(markers).index(kind)}", capsize=2)
-        axis.annotate(label, (row["step_seconds"], row["score"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        right = row["step_seconds"] > middle
+        axis.annotate(
+            label, (row["step_seconds"], row["score"]), textcoords="offset points", xytext=(-5 if right else 5, 5), ha="right" if right else "left", fontsize=8
+        )
     front = sorted((row["step_seconds"], row["score"]) for row in rows if row["pareto"])
     axis.plot(*zip(*front, strict=True), "k--", linewidth=0.8, label="Pareto front")
     axis.set(title=title, xlabel="one training step, core seconds (planned)", ylabel="dev score, polynomial mode")

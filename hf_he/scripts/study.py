@@ -64,7 +64,7 @@ def study(
     say(f"bold: nothing measured is better at no more cost. {output_dir / 'study.png'}, {output_dir / 'table.md'}")
 
 
-HEADER = ("rank", "k", "LayerNorm", "activation", "score", "lowest, highest", "s a step", "refreshes", "rotations", "s a batch of inference")
+HEADER = ("rank", "k", "LayerNorm", "activation", "before", "after", "loss", "s a step", "refreshes", "rotations", "s a batch of inference")
 
 
 def markdown(rows) -> str:
@@ -76,7 +76,10 @@ def markdown(rows) -> str:
 
 def _cells(row) -> tuple[str, ...]:
     setting = tuple(str(row[name]) for name in ("rank", "squarings", "norm_degree", "activation_degree"))
-    scores = (row["error"].split(":")[0], "") if row["score"] is None else (f"{row['score']:.4f}", f"{row['lowest']:.4f}, {row['highest']:.4f}")
+    scores = ("", row["error"].split(":")[0], "")
+    if row["score"] is not None:
+        spread = f" ({row['lowest']:.4f} to {row['highest']:.4f})" if row["lowest"] < row["highest"] else ""
+        scores = (f"{row['before']:.4f}", f"{row['score']:.4f}{spread}", f"{row['loss']:.4f}")
     if row["step_seconds"] is None:
         return (*setting, *scores, "", "", "", "")
     rotations = f"{row['step_operations'].get('rotate', 0):,}"
