@@ -37,7 +37,8 @@ DEFAULT_LEVELS = AttentionLevels(query=2, value=3)
 
 @dataclass(frozen=True)
 class Softmax:
-    """`maximum`: the constant in place of the row maximum. `reciprocal`: of the row sums of exp(score - maximum)."""
+    """`maximum`: the constant in place of the row maximum. `reciprocal`: of the row sums of exp(score - maximum), on an interval whose ends have a ratio
+    well below 2 q_0 / scale, since half that ratio is the largest reciprocal."""
 
     maximum: float
     exponential: KernelExponential

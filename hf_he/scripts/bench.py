@@ -87,6 +87,44 @@ def report(
     _show(data, False)
 
 
+@app.command()
+def finetune(
+    json_output: Json = False,
+    quick: Quick = False,
+    shape: Annotated[str, typer.Option(help="paper, shipped or all; the paper's needs 12 GB for bootstrapping keys.")] = "all",
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each primitive at each level; the median counts.")] = 3,
+) -> None:
+    """LoRA with the Gaussian kernel against full fine-tuning with softmax: operations priced with this machine's primitives, in CPU seconds."""
+    from hf_he.bench import finetune as ratios
+    from hf_he.errors import DataError
+    from hf_he.scripts.display import console, print_json, progress_bar, say
+
+    known = {"shipped": (ratios.SHIPPED_SHAPE,), "paper": (ratios.PAPER_SHAPE,), "all": (ratios.SHIPPED_SHAPE, ratios.PAPER_SHAPE)}
+    if shape not in known:
+        raise DataError(f"--shape does not know {shape}: choose from {', '.join(known)}")
+    with progress_bar("Counting and measuring") as progress:
+
+        def announce(text: str) -> None:
+            progress.update(progress.task_ids[0], note=text)
+
+        rows = ratios.measure(known["shipped" if quick else shape], 1 if quick else runs, announce)
+    if json_output:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    for row in rows:
+        header, lines = ratios.table(row)
+        found = Table(title=f"{row['shape']}, {row['parameters']}, CPU seconds of a packed batch of {row['packing']['sequences']}")
+        for index, name in enumerate(header):
+            found.add_column(name, justify="left" if index < 2 else "right")
+        for line in lines:
+            found.add_row(*line)
+        console.print(found)
+    for entry in rows[0]["measured_layer"]:
+        say(f"{entry['what']}: {entry['measured']:.2f} s measured, {entry['priced']:.2f} s priced ({100 * (entry['ratio'] - 1):+.0f} %)")
+
+
 def _run(parts: tuple[str, ...], quick: bool, peers: Path, threads: int, rounds: int, only: str | None) -> dict[str, Any]:
     from hf_he.bench import machine
     from hf_he.bench.runner import NATIVE, PEERS, Measurements, Turns, find_libraries
