@@ -15,67 +15,25 @@ Conventions
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_he.backends.adapter import Adapter, broadcast
 from hf_he.backends.keys import refuse_secret_key
 from hf_he.backends.log import OperationLog
-from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
+from hf_he.backends.values import Ciphertext, EvaluationKeys, Plaintext
+from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ShapeError, WrongKeyError
 
 if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
 
-SCALE_TOLERANCE = 1e-9
 
-
-@dataclass(frozen=True, eq=False)
-class Ciphertext:
-    """A batch of CKKS ciphertexts. `payload` belongs to the backend; `key_id` names the secret key it was encrypted under."""
-
-    payload: Any = field(repr=False)
-    batch_shape: tuple[int, ...]
-    level: int
-    scale: float
-    key_id: str
-    components: int = 2
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.batch_shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Plaintext:
-    """A batch of encoded vectors, `period` distinct slots each, usable with ciphertexts at exactly `level`."""
-
-    payload: Any = field(repr=False)
-    batch_shape: tuple[int, ...]
-    level: int
-    scale: float
-    period: int
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationKeys:
-    """Public material a server needs: relinearisation, Galois keys for `rotations`, optionally conjugation and bootstrapping.
-
-    `levels`: the highest level at which a rotation can be used, where that is not the top.
-    """
-
-    payload: Any = field(repr=False)
-    key_id: str
-    rotations: frozenset[int]
-    conjugation: bool = False
-    bootstrapping: Any = field(default=None, repr=False)
-    levels: Mapping[int, int] = field(default_factory=dict, repr=False)
-
-
-class HEBackend(ABC):
+class HEBackend(Adapter):
     """One backend bound to one parameter set. A server calls `load_evaluation_keys`; secret keys are only ever arguments."""
 
     name: str
@@ -163,14 +121,14 @@ class HEBackend(ABC):
     # ---- linear, no level ----
     def add(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
         self._check_pair(a, b, same_scale=True)
-        shape = _broadcast(a.batch_shape, b.batch_shape)
+        shape = broadcast(a.batch_shape, b.batch_shape)
         with self.log.primitive("add", a.level, math.prod(shape)):
             payload = self._add(a, b)
         return replace(a, payload=payload, batch_shape=shape, components=max(a.components, b.components))
 
     def subtract(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
         self._check_pair(a, b, same_scale=True)
-        shape = _broadcast(a.batch_shape, b.batch_shape)
+        shape = broadcast(a.batch_shape, b.batch_shape)
         with self.log.primitive("add", a.level, math.prod(shape)):
             payload = self._subtract(a, b)
         return replace(a, payload=payload, batch_shape=shape, components=max(a.components, b.components))
@@ -182,7 +140,7 @@ class HEBackend(ABC):
     def add_plain(self, a: Ciphertext, b: Plaintext) -> Ciphertext:
         self._check_plain(a, b)
         self._check_scales(a.scale, b.scale)
-        shape = _broadcast(a.batch_shape, b.batch_shape)
+        shape = broadcast(a.batch_shape, b.batch_shape)
         with self.log.primitive("add", a.level, math.prod(shape)):
             return replace(a, payload=self._add_plain(a, b), batch_shape=shape)
 
@@ -203,7 +161,7 @@ class HEBackend(ABC):
         self._check_two(a)
         self._check_two(b)
         self._check_product(a, b.scale)
-        shape = _broadcast(a.batch_shape, b.batch_shape)
+        shape = broadcast(a.batch_shape, b.batch_shape)
         with self.log.primitive("multiply", a.level, math.prod(shape)):
             payload = self._multiply(a, b)
         return replace(a, payload=payload, batch_shape=shape, scale=a.scale * b.scale, components=3)
@@ -211,7 +169,7 @@ class HEBackend(ABC):
     def multiply_plain(self, a: Ciphertext, b: Plaintext) -> Ciphertext:
         self._check_plain(a, b)
         self._check_product(a, b.scale)
-        shape = _broadcast(a.batch_shape, b.batch_shape)
+        shape = broadcast(a.batch_shape, b.batch_shape)
         with self.log.primitive("multiply_plain", a.level, math.prod(shape)):
             return replace(a, payload=self._multiply_plain(a, b), batch_shape=shape, scale=a.scale * b.scale)
 
@@ -362,131 +320,3 @@ class HEBackend(ABC):
     @abstractmethod
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
         """`keys` completed by what save_bootstrapping_keys wrote. Raises CorruptFileError, ParameterError or WrongKeyError."""
-
-    # ---- what an adapter implements: payloads in, payloads out, operands already checked ----
-    @abstractmethod
-    def _encode(self, values: np.ndarray, level: int, scale: float) -> Any: ...
-    @abstractmethod
-    def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> Any: ...
-    @abstractmethod
-    def _decrypt(self, ct: Ciphertext, secret_key: Any) -> np.ndarray: ...
-    @abstractmethod
-    def _add(self, a: Ciphertext, b: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _subtract(self, a: Ciphertext, b: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _negate(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _add_plain(self, a: Ciphertext, b: Plaintext) -> Any: ...
-    @abstractmethod
-    def _add_scalar(self, a: Ciphertext, value: float) -> Any: ...
-    @abstractmethod
-    def _sum(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _multiply(self, a: Ciphertext, b: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> Any: ...
-    @abstractmethod
-    def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _multiply_integer(self, a: Ciphertext, value: int) -> Any: ...
-    @abstractmethod
-    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _relinearize(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _rescale(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _drop_level(self, a: Ciphertext, level: int) -> Any: ...
-    @abstractmethod
-    def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> Any: ...
-    @abstractmethod
-    def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Any: ...
-    @abstractmethod
-    def _conjugate(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _bootstrap(self, a: Ciphertext) -> Any: ...
-    @abstractmethod
-    def _take(self, a: Ciphertext, index: int | slice) -> Any: ...
-    @abstractmethod
-    def _stack(self, items: Sequence[Ciphertext]) -> Any: ...
-    @abstractmethod
-    def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Any: ...
-
-    # ---- checks ----
-    def _check_level(self, level: int) -> None:
-        if not 0 <= level <= self.parameters.max_level:
-            raise LevelError(f"level {level} is outside 0..{self.parameters.max_level} of these parameters")
-
-    def _check_fingerprint(self, key: Any) -> None:
-        if key.fingerprint != self.parameters.fingerprint:
-            raise ParameterError("this key was generated for other CKKS parameters: use the parameter set named in its file, or generate new keys")
-
-    def _levels_of(self, rotations: Iterable[int] | Mapping[int, int]) -> dict[int, int]:
-        """Highest level of each rotation step asked for, in ascending order."""
-        top = self.parameters.max_level
-        asked = rotations.items() if isinstance(rotations, Mapping) else ((step, top) for step in rotations)
-        levels: dict[int, int] = {}
-        for step, level in asked:
-            self._check_level(level)
-            step = int(step) % self.parameters.slots
-            levels[step] = max(level, levels.get(step, 0))
-        return {step: levels[step] for step in sorted(levels.keys() - {0})}
-
-    def _check_pair(self, a: Ciphertext, b: Ciphertext, same_scale: bool = False) -> None:
-        if a.key_id != b.key_id:
-            raise WrongKeyError("the two ciphertexts belong to different secret keys")
-        if a.level != b.level:
-            raise LevelError(f"operands are at levels {a.level} and {b.level}: bring them together with match_level")
-        if same_scale:
-            self._check_scales(a.scale, b.scale)
-
-    def _check_scales(self, a: float, b: float) -> None:
-        if abs(a / b - 1) > SCALE_TOLERANCE:
-            raise ScaleMismatchError(f"scales 2^{math.log2(a):.4f} and 2^{math.log2(b):.4f} differ: rescale, or use match_level")
-
-    def _check_plain(self, a: Ciphertext, b: Plaintext) -> None:
-        if a.level != b.level:
-            raise LevelError(f"the plaintext was encoded at level {b.level}, the ciphertext is at {a.level}: encode it at the ciphertext's level")
-
-    def _check_product(self, a: Ciphertext, scale: float) -> None:
-        bits = math.log2(a.scale * scale)
-        if bits > self.parameters.log2_modulus(a.level) - 1:
-            raise ScaleMismatchError(f"a scale of 2^{bits:.1f} does not fit the modulus of level {a.level}: rescale before multiplying")
-
-    def _check_two(self, a: Ciphertext) -> None:
-        if a.components != 2:
-            raise ShapeError("this ciphertext has 3 components: relinearize it first")
-
-    def _check_axis(self, a: Ciphertext) -> None:
-        if not a.batch_shape:
-            raise ShapeError("this operation works on the leading batch axis; the ciphertext has none")
-
-    def _keys_for(self, a: Ciphertext) -> EvaluationKeys:
-        if self.evaluation_keys is None:
-            raise MissingKeyError("no evaluation keys are loaded: call load_evaluation_keys first")
-        if self.evaluation_keys.key_id != a.key_id:
-            raise WrongKeyError(f"the ciphertext belongs to key {a.key_id}, the loaded evaluation keys to {self.evaluation_keys.key_id}")
-        return self.evaluation_keys
-
-    def _check_steps(self, a: Ciphertext, steps: Sequence[int]) -> tuple[int, ...]:
-        self._check_two(a)
-        steps = tuple(int(s) % self.parameters.slots for s in steps)
-        if any(steps):
-            keys = self._keys_for(a)
-            missing = sorted({s for s in steps if s} - keys.rotations)
-            if missing:
-                raise MissingKeyError(f"no Galois key for rotation steps {missing}: list them when generating the evaluation keys")
-            low = sorted(s for s in set(steps) if keys.levels.get(s, a.level) < a.level)
-            if low:
-                raise MissingKeyError(
-                    f"the Galois keys for rotation steps {low} serve lower levels than {a.level} only: generate the evaluation keys for the levels of their use"
-                )
-        return steps
-
-
-def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        return np.broadcast_shapes(a, b)
-    except ValueError:
-        raise ShapeError(f"batch shapes {a} and {b} do not broadcast") from None

@@ -27,8 +27,8 @@ from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnSer
 
 SUPPORTED_VERSION = "2.0"
 LICENCE = "DESILO FHE is closed source and licensed for non-commercial use only; hf_he's own licence does not cover it"
-LARGEST_INTEGER = 2**30
-"""A factor up to this multiplies the residues; a larger one is a real factor and takes its level at once."""
+SMALLEST_SCALE = 2.0**25
+"""Factors of a smaller scale are integers that multiply the residues; others are real factors, which take their level at once."""
 
 
 class LicenceWarning(UserWarning):
@@ -81,6 +81,7 @@ class DesiloBackend(HEBackend):
     """
 
     name = "desilo"
+    bootstraps = True
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
@@ -95,9 +96,6 @@ class DesiloBackend(HEBackend):
         if not found.startswith(f"{SUPPORTED_VERSION}."):
             return False, f"DESILO FHE {found} is installed, this adapter is written for {SUPPORTED_VERSION}: pip install 'desilofhe=={SUPPORTED_VERSION}.*'"
         return True, f"DESILO FHE {found}; {LICENCE}"
-
-    def capabilities(self) -> dict[str, bool]:
-        return {**super().capabilities(), "bootstrap": bool(self.parameters.bootstrap_moduli)}
 
     # ---- keys ----
     def generate_secret_key(self) -> DesiloSecretKey:
@@ -264,23 +262,27 @@ class DesiloBackend(HEBackend):
                 sums.append(self._total([self._engine.multiply(items[k * rest + i], factors[g * terms + k]) for k in range(terms)]))
         return Values(sums, True)
 
+    def multiply_scalar(self, a: Ciphertext, value: float, scale: float | None = None) -> Ciphertext:
+        self._factor_scale = self.parameters.scale_at(a.level) if scale is None else scale
+        return super().multiply_scalar(a, value, scale)
+
     def _multiply_integer(self, a: Ciphertext, value: int) -> Values:
-        if abs(value) <= LARGEST_INTEGER:
+        if a.payload.pending or self._factor_scale < SMALLEST_SCALE:
             return self._map(a, lambda item: self._engine.multiply(item, value))
         factor = value / self.parameters.scale_at(a.level)
         return Values([self._engine.multiply(item, factor) for item in a.payload.items], True)
 
     def linear_combination(self, weights: np.ndarray, a: Ciphertext, scale: float = 1.0) -> Ciphertext:
-        self._weight_scale = scale
+        self._factor_scale = scale
         return super().linear_combination(weights, a, scale)
 
     def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> Values:
         """Integers stay integers for a scale of 1; otherwise the weights are real factors and take their level."""
         rest, items = a.count // a.batch_shape[0], a.payload.items
-        pending = a.payload.pending or self._weight_scale > 1
-        rows = weights / self.parameters.scale_at(a.level) if pending and not a.payload.pending else weights
+        real = not a.payload.pending and self._factor_scale > 1
+        rows = weights / self.parameters.scale_at(a.level) if real else weights
         sums = [self._engine.weighted_sum(items[i::rest], [0, *row.tolist()]) for row in rows for i in range(rest)]
-        return Values(sums, pending)
+        return Values(sums, a.payload.pending or real)
 
     def _relinearize(self, a: Ciphertext) -> Values:
         return self._map(a, lambda item: self._engine.relinearize(item, self._keys.relinearization))
