@@ -131,6 +131,7 @@ def generate(
     parameters: PolicyParameters = None,
     kernel: Annotated[str, typer.Option(help="Which shipped decoder: gaussian_kernel or power_softmax.")] = "gaussian_kernel",
     adapter: Adapter = None,
+    encrypt_adapter: Annotated[bool, typer.Option("--encrypt-adapter", help="The server gets the adapter as ciphertexts only.")] = False,
     select: Annotated[str, typer.Option(help="Who picks the tokens: client, or server (encrypted argmax, small vocabularies).")] = "client",
     refresh: Refresh = "client",
     context: Context = 64,
@@ -142,7 +143,8 @@ def generate(
 ) -> None:
     """Generate text on ciphertexts in a server process with an encrypted cache, and compare with the plaintext polynomial model."""
     sampling = {name: value for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if value is not None}
-    options = {"adapter": adapter, "select": select, "refresh": refresh, "context": context, "sampling": sampling, "seed": seed}
+    options = {"adapter": adapter, "encrypt_adapter": encrypt_adapter, "select": select, "refresh": refresh, "context": context}
+    options |= {"sampling": sampling, "seed": seed}
     agrees = _load("generate").generate(prompt, max_new_tokens, model, backend, parameters, kernel, json_output, **options)
     raise typer.Exit(0 if agrees else 1)
 

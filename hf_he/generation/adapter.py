@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hf_he.backends import HEBackend
@@ -90,6 +90,12 @@ class EncryptedLora:
         layout = AdapterLayout.of(tuned, packing)
         layout.load(tuned, layout.unpack(backend.decrypt(backend.deserialize(self.weights, "ciphertext"), keys.secret)))
         return tuned.merge_and_unload().eval()
+
+
+def lora_of(adapter: str | Path) -> HELoraConfig:
+    """Rank and target modules of a plain PEFT adapter: what the keys for its encrypted form must cover."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    return HELoraConfig(r=config.r, target_modules=sorted(config.target_modules))
 
 
 def is_encrypted(adapter: str | Path | None) -> bool:

@@ -17,11 +17,13 @@ from transformers.generation.streamers import BaseStreamer
 from hf_he.checkpoints import default_decoder
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS
 from hf_he.errors import DataError, ParameterError
+from hf_he.generation.adapter import lora_of
 from hf_he.generation.client import GenerationClient
 from hf_he.generation.generate import encrypted_generate
 from hf_he.generation.session import Generation
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
 from hf_he.local_server import local_server
+from hf_he.peft import HELoraConfig
 from hf_he.scripts.display import console, count_progress, print_json, progress_bar, say
 from hf_he.scripts.kernels import prepare_kernels
 
@@ -39,6 +41,7 @@ def generate(
     json_output: bool,
     *,
     adapter: Path | None,
+    encrypt_adapter: bool,
     select: str,
     refresh: str,
     context: int,
@@ -56,21 +59,28 @@ def generate(
     if not 1 <= length <= context:
         raise DataError(f"the prompt has {length} tokens, 1 to {context} fit: shorten it, or raise --context")
     parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
-    limits = {"adapter": adapter, "context": context, "max_tokens": max(context, length + max_new_tokens - 1)}
-    client = GenerationClient.from_pretrained(directory, backend=backend, parameters=parameters, **limits)
+    if encrypt_adapter and adapter is None:
+        raise ParameterError("--encrypt-adapter needs --adapter, the folder of a PEFT adapter")
+    limits = {"context": context, "max_tokens": max(context, length + max_new_tokens - 1)}
+    plain = None if encrypt_adapter else adapter
+    client = GenerationClient.from_pretrained(directory, backend=backend, parameters=parameters, adapter=plain, **limits)
     prepare_kernels(client.backend)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": bool(sampling), **sampling, "pad_token_id": tokenizer.pad_token_id or 0}
 
-    torch.manual_seed(seed)
-    expected = client.model.generate(**inputs, **settings)[0, length:].tolist()
     streamer = None if json_output else TextStreamer(tokenizer)
-    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory(prefix="hf-he-generate-") as folder:
-        sizes, seconds = _write_keys(client, folder, refresh)
+        sizes, seconds = _write_keys(client, folder, refresh, lora_of(adapter) if encrypt_adapter else None)
         keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
         say(f"keys: {keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds:.1f} s")
         arguments = ["--generate", "--context", str(context), "--max-tokens", str(client.max_tokens)]
+        if encrypt_adapter:
+            adapter = client.encrypt_adapter(adapter, Path(folder) / "adapter").parent
+            client = GenerationClient(directory, client.backend, client.keys, adapter=adapter, **limits)
+            say("adapter: encrypted, the server adds its ciphertexts to the model")
         arguments += [] if adapter is None else ["--adapter", str(adapter)]
+        torch.manual_seed(seed)
+        expected = client.model.generate(**inputs, **settings)[0, length:].tolist()
+        torch.manual_seed(seed)
         with local_server(directory, Path(folder) / EVALUATION_FILE, refresh, arguments) as server:
             say(f"server: a process with the model and the evaluation-key file only, at {server.url}")
             client.server = server
@@ -106,11 +116,11 @@ def _run(client: GenerationClient, inputs: dict[str, torch.Tensor], settings: di
         return client.model.generate(**inputs, **settings, **arguments | {"token_streamer": Ticker()})
 
 
-def _write_keys(client: GenerationClient, folder: str, refresh: str) -> tuple[dict[str, int], float]:
+def _write_keys(client: GenerationClient, folder: str, refresh: str, lora: HELoraConfig | None) -> tuple[dict[str, int], float]:
     """Fresh keys in `folder`; the client keeps its own half only."""
     start = time.perf_counter()
     with progress_bar(f"Generating keys ({client.backend.name})") as progress:
-        keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap")
+        keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap", lora=lora)
         sizes = keys.save(folder)
     client.use_keys(replace(keys, evaluation=None))
     return sizes, time.perf_counter() - start
