@@ -62,6 +62,11 @@ class ServerKeys:
         del data
         if bootstrapping and isinstance(source, str | Path) and backend.capabilities()["bootstrap"]:
             evaluation = backend.load_bootstrapping_keys(evaluation, Path(source).parent / BOOTSTRAPPING_FOLDER)
+            period = getattr(evaluation.bootstrapping, "period", parameters.slots)
+            if period != parameters.slots:
+                raise ParameterError(
+                    f"these bootstrapping keys are for vectors that repeat every {period} slots, models fill all {parameters.slots}: use others"
+                )
         return cls(name, parameters, evaluation)
 
 

@@ -61,10 +61,11 @@ class NativeBackend(HEBackend):
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
+        bootstrapping_slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
-        extra = BootstrappingKeys.generate(BootstrapPlan(self.parameters), secret_key, progress) if bootstrapping else None
+        extra = BootstrappingKeys.generate(BootstrapPlan(self.parameters, bootstrapping_slots), secret_key, progress) if bootstrapping else None
         top, levels = self.parameters.max_level, self._levels_of(rotations)
         limbs = {self.context.galois_element(step): level + 1 for step, level in levels.items()}
         if conjugation:
@@ -83,10 +84,11 @@ class NativeBackend(HEBackend):
         if keys.bootstrapping is not None and keys.bootstrapping.fingerprint != self.parameters.fingerprint:
             raise ParameterError("these bootstrapping keys were generated for other CKKS parameters: generate them again")
         super().load_evaluation_keys(keys)
+        self.__dict__.pop("_bootstrapper", None)
 
     @cached_property
     def _bootstrapper(self) -> Bootstrapper:
-        return Bootstrapper(self.parameters)
+        return Bootstrapper(BootstrapPlan(self.parameters, self.evaluation_keys.bootstrapping.period))
 
     @property
     def _keys(self) -> SwitchingKeys:
@@ -109,7 +111,7 @@ class NativeBackend(HEBackend):
         raise ParameterError(f"the native backend cannot serialise a {type(item).__name__}")
 
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
-        return bootstrapping_files.save(keys.bootstrapping, BootstrapPlan(self.parameters), keys.key_id, folder)
+        return bootstrapping_files.save(keys.bootstrapping, BootstrapPlan(self.parameters, keys.bootstrapping.period), keys.key_id, folder)
 
     def write_bootstrapping_keys(self, secret_key: SecretKey, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> int:
         self._check_fingerprint(secret_key)
@@ -117,7 +119,7 @@ class NativeBackend(HEBackend):
         return bootstrapping_files.write(generate_parts(plan, secret_key, progress), plan, secret_key.key_id, folder)
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
-        extra, key_id = bootstrapping_files.load(BootstrapPlan(self.parameters), folder)
+        extra, key_id = bootstrapping_files.load(self.parameters, folder)
         if key_id != keys.key_id:
             raise WrongKeyError(f"the bootstrapping keys belong to key {key_id}, the evaluation keys to {keys.key_id}: use one key folder")
         return replace(keys, bootstrapping=extra)
@@ -200,10 +202,10 @@ class NativeBackend(HEBackend):
         return Residues(self._evaluator.conjugate(a.payload.values, self._keys))
 
     # ---- refresh ----
-    def _bootstrap(self, a: Ciphertext) -> Residues:
+    def _bootstrap(self, a: Ciphertext, divisor: int = 1) -> Residues:
         values = a.payload.values
         flat = np.ascontiguousarray(values).reshape(-1, *values.shape[-3:])
-        fresh = self._bootstrapper(flat, self.evaluation_keys.bootstrapping)
+        fresh = self._bootstrapper(flat, self.evaluation_keys.bootstrapping, divisor)
         return Residues(fresh.reshape(*a.batch_shape, *fresh.shape[-3:]))
 
     # ---- batch structure ----

@@ -26,6 +26,7 @@ import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase, new_key_id
+from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError, WrongKeyError
@@ -53,6 +54,14 @@ class SimulatorSecretKey(SecretKeyBase):
 class SimulatorPublicKey:
     key_id: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class SimulatedBootstrapping:
+    """Whose bootstrapping keys these would be, and how many distinct slots they would be for."""
+
+    key_id: str
+    period: int
 
 
 @dataclass(frozen=True)
@@ -96,16 +105,18 @@ class SimulatorBackend(HEBackend):
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
+        bootstrapping_slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
         if bootstrapping and not self.capabilities()["bootstrap"]:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
         levels = self._levels_of(rotations)
+        extra = SimulatedBootstrapping(secret_key.key_id, BootstrapPlan(self.parameters, bootstrapping_slots).period) if bootstrapping else None
         if progress is not None:
             progress(len(levels), len(levels))
         lower = {step: level for step, level in levels.items() if level < self.parameters.max_level}
-        return EvaluationKeys(None, secret_key.key_id, frozenset(levels), conjugation, secret_key.key_id if bootstrapping else None, lower)
+        return EvaluationKeys(None, secret_key.key_id, frozenset(levels), conjugation, extra, lower)
 
     # ---- bytes ----
     def serialize(self, item: Any, *, allow_secret: bool = False) -> bytes:
@@ -146,19 +157,24 @@ class SimulatorBackend(HEBackend):
         self._check_fingerprint(secret_key)
         if not self.capabilities()["bootstrap"]:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
-        return self._write_bootstrapping_key(secret_key.key_id, folder)
+        return self._write_bootstrapping_key(SimulatedBootstrapping(secret_key.key_id, self.parameters.slots), folder)
 
-    def _write_bootstrapping_key(self, key_id: str, folder: str | Path) -> int:
-        data = pack("bootstrapping_keys", {}, {"backend": self.name, "fingerprint": self.parameters.fingerprint, "key_id": key_id})
+    def _write_bootstrapping_key(self, key: SimulatedBootstrapping, folder: str | Path) -> int:
+        metadata = {"backend": self.name, "fingerprint": self.parameters.fingerprint, "key_id": key.key_id}
+        data = pack("bootstrapping_keys", {"period": np.array(key.period, dtype=np.int64)}, metadata)
         write_file(Path(folder) / "simulated.keys", data)
         return len(data)
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
         data = read_file(Path(folder) / "simulated.keys", "bootstrapping-key")
-        _, metadata = unpack_for(data, "bootstrapping_keys", self.name, self.parameters.fingerprint)
+        arrays, metadata = unpack_for(data, "bootstrapping_keys", self.name, self.parameters.fingerprint)
         if metadata["key_id"] != keys.key_id:
             raise WrongKeyError(f"the bootstrapping keys do not belong to key {keys.key_id}: use one key folder")
-        return replace(keys, bootstrapping=keys.key_id)
+        try:
+            plan = BootstrapPlan(self.parameters, int(arrays["period"].item()))
+        except (KeyError, ValueError, OverflowError, TypeError, ParameterError):
+            raise CorruptFileError("these bootstrapping keys do not say how many slots they are for: make them again with `hf-he keygen`") from None
+        return replace(keys, bootstrapping=SimulatedBootstrapping(keys.key_id, plan.period))
 
     def _read(self, kind: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Any:
         key_id = metadata["key_id"]
@@ -310,13 +326,16 @@ class SimulatorBackend(HEBackend):
         return self._noisy(a.payload.values, a.payload.noise, self._key_switch_noise(a.level), a.level)
 
     # ---- refresh ----
-    def _bootstrap(self, a: Ciphertext) -> Slots:
-        """The sine in place of the reduction modulo q_0, coefficient by coefficient, and the measured noise."""
-        p = self.parameters
-        modulus, scale = p.moduli[0], p.scale_at(p.max_level)
-        reduced = np.sin(2 * np.pi / modulus * to_coefficients(a.payload.values, 1.0)) * (modulus / (2 * np.pi))
-        noise = BOOTSTRAP_NOISE * p.ring_degree**1.5 * modulus / p.scale_at(0) * scale
-        return self._noisy(to_values(reduced, 1.0) * (scale / a.scale), a.payload.noise * (scale / a.scale), noise, p.max_level)
+    def _bootstrap(self, a: Ciphertext, divisor: int = 1) -> Slots:
+        """The average over the repetitions, the sine in place of the reduction modulo q_0, coefficient by coefficient, and the measured noise."""
+        p, period = self.parameters, self.evaluation_keys.bootstrapping.period
+        modulus, scale = p.moduli[0], p.scale_at(p.max_level) / divisor
+        values = a.payload.values.reshape(*a.batch_shape, -1, period).mean(-2)
+        reduced = np.sin(2 * np.pi / modulus * to_coefficients(values, 1.0)) * (modulus / (2 * np.pi))
+        noise = BOOTSTRAP_NOISE * p.ring_degree * math.sqrt(2 * period) * modulus / p.scale_at(0) * scale
+        fresh = to_values(reduced, 1.0) * (scale / a.scale) + self._generator.standard_normal(values.shape) * noise
+        spread = np.hypot(a.payload.noise * (scale / a.scale), noise)
+        return self._noisy(np.tile(fresh, p.slots // period), spread, self._rounding_noise(2), p.max_level)
 
     # ---- batch structure ----
     def _take(self, a: Ciphertext, index: int | slice) -> Slots:

@@ -87,3 +87,28 @@ def slots_to_coefficients(slots: int, stages: int) -> list[Factor]:
 def coefficients_to_slots(slots: int, stages: int) -> list[Factor]:
     """Factors of the inverse, in order of application: slots to bit-reversed w."""
     return [_factor(slots, lengths, inverse=True) for lengths in reversed(_groups(slots, stages))]
+
+
+def _widened(factor: Factor) -> Factor:
+    """The same map of vectors with period `factor.slots`, on twice as many slots."""
+    return Factor(2 * factor.slots, factor.stride, factor.period, factor.diagonals)
+
+
+def _masked(factor: Factor, lower: complex, upper: complex, inputs: bool) -> Factor:
+    """`_widened`, its outputs (or its inputs) times `lower` in the lower half of the slots and `upper` in the upper half."""
+    wide = 2 * factor.slots
+    mask = np.repeat(np.array([lower, upper]), factor.slots)
+    tiled = {s: np.tile(d, wide // factor.period) for s, d in factor.diagonals.items()}
+    return Factor(wide, factor.stride, wide, {s: d * (np.roll(mask, -s * factor.stride) if inputs else mask) for s, d in tiled.items()})
+
+
+def sparse_coefficients_to_slots(slots: int, stages: int) -> list[Factor]:
+    """On vectors of period `slots`: the result's real part holds that of w in the lower, the imaginary part of w in the upper half of 2*slots."""
+    *factors, last = coefficients_to_slots(slots, stages)
+    return [*map(_widened, factors), _masked(last, 1, -1j, inputs=False)]
+
+
+def sparse_slots_to_coefficients(slots: int, stages: int) -> list[Factor]:
+    """The inverse, from those two real halves. The result is complete once it is added to itself, rotated by `slots`."""
+    first, *factors = slots_to_coefficients(slots, stages)
+    return [_masked(first, 1, 1j, inputs=True), *map(_widened, factors)]

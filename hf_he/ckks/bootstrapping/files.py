@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from hf_he.ckks.bootstrapping.keys import GALOIS, LOWER, RAISE, BootstrappingKeys, KeyPart, key_groups
-from hf_he.ckks.bootstrapping.plan import BootstrapPlan
+from hf_he.ckks.bootstrapping.plan import MIN_PERIOD, BootstrapPlan
 from hf_he.ckks.files import BACKEND, half_bytes, pack_half, unpack_half
 from hf_he.ckks.keys import expand_half
+from hf_he.ckks.parameters import CKKSParameters
 from hf_he.ckks.random import SEED_BYTES
 from hf_he.errors import CorruptFileError
 from hf_he.serialization import pack, unpack_for, write_file
@@ -35,6 +36,7 @@ def write(parts: Iterable[KeyPart], plan: BootstrapPlan, key_id: str, folder: st
     folder.mkdir(parents=True, exist_ok=True)
     contexts = {name: group[0] for name, group in key_groups(plan).items()}
     metadata = {"backend": BACKEND, "parameters": json.dumps(plan.parameters.to_dict()), "fingerprint": plan.parameters.fingerprint, "key_id": key_id}
+    metadata["period"] = str(plan.period)
     total = 0
     for part in parts:
         arrays = {"half": pack_half(contexts[part.group], part.b), "seed": np.frombuffer(part.seed, dtype=np.uint8)}
@@ -52,13 +54,23 @@ def save(keys: BootstrappingKeys, plan: BootstrapPlan, key_id: str, folder: str 
     return write(parts, plan, key_id, folder)
 
 
-def load(plan: BootstrapPlan, folder: str | Path) -> tuple[BootstrappingKeys, str]:
+def load(parameters: CKKSParameters, folder: str | Path) -> tuple[BootstrappingKeys, str]:
     """The keys of a folder and their key id. Raises CorruptFileError for a missing or damaged file, ParameterError for other parameters."""
+    plan = BootstrapPlan(parameters, _period(parameters, Path(folder) / _file_name(GALOIS, 0)))
     ids: set[str] = set()
     keys = BootstrappingKeys.collect(plan, _parts(plan, Path(folder), ids))
     if len(ids) != 1:
         raise CorruptFileError(f"{folder} mixes the bootstrapping keys of several secret keys: {_AGAIN}")
     return keys, ids.pop()
+
+
+def _period(parameters: CKKSParameters, path: Path) -> int:
+    """The distinct slots a folder's keys are for, as its first key says."""
+    _, metadata = unpack_for(_bytes(path), KIND, BACKEND, parameters.fingerprint)
+    possible = {str(MIN_PERIOD << i): MIN_PERIOD << i for i in range((parameters.slots // MIN_PERIOD).bit_length())}
+    if metadata.get("period") not in possible:
+        raise CorruptFileError(f"{path.name} does not say how many slots it is for: {_AGAIN}")
+    return possible[metadata["period"]]
 
 
 def _bytes(path: Path) -> bytes:
@@ -76,7 +88,7 @@ def _parts(plan: BootstrapPlan, folder: Path, ids: set[str]) -> Iterator[KeyPart
             arrays, metadata = unpack_for(_bytes(path), KIND, BACKEND, plan.parameters.fingerprint)
             shapes = {"half": (half_bytes(context, count),), "seed": (SEED_BYTES,)}
             shaped = {name: array.shape for name, array in arrays.items()} == shapes and all(array.dtype == np.uint8 for array in arrays.values())
-            if not shaped or metadata.get("group") != group or metadata.get("index") != str(i):
+            if not shaped or metadata.get("group") != group or metadata.get("index") != str(i) or metadata.get("period") != str(plan.period):
                 raise CorruptFileError(f"{path.name} does not hold the key its name says: {_AGAIN}")
             ids.add(metadata["key_id"])
             seed = arrays["seed"].tobytes()

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_he.ckks.bootstrapping.factors import coefficients_to_slots, slots_to_coefficients
+from hf_he.ckks.bootstrapping.factors import (
+    Factor,
+    coefficients_to_slots,
+    slots_to_coefficients,
+    sparse_coefficients_to_slots,
+    sparse_slots_to_coefficients,
+)
 from hf_he.ckks.bootstrapping.plan import EPHEMERAL_WEIGHT, BootstrapPlan
 from hf_he.ckks.bootstrapping.transform import required_steps
 from hf_he.ckks.context import Context, context_for
@@ -22,14 +28,22 @@ from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
 from hf_he.ckks.random import Stream
 
 
+def transform_factors(plan: BootstrapPlan) -> tuple[list[Factor], list[Factor]]:
+    """CoeffsToSlots and SlotsToCoeffs, in order of application."""
+    if plan.sparse:
+        return sparse_coefficients_to_slots(plan.period, TRANSFORM_STAGES), sparse_slots_to_coefficients(plan.period, TRANSFORM_STAGES)
+    return coefficients_to_slots(plan.period, TRANSFORM_STAGES), slots_to_coefficients(plan.period, TRANSFORM_STAGES)
+
+
 def rotation_limbs(plan: BootstrapPlan) -> dict[int, int]:
-    """Rotations of the two transforms -> limbs of the largest ciphertext each turns."""
-    slots = plan.parameters.slots
-    inward = enumerate(coefficients_to_slots(slots, TRANSFORM_STAGES))
-    outward = enumerate(slots_to_coefficients(slots, TRANSFORM_STAGES))
+    """Rotations of the two transforms, and of sparse vectors' repetitions -> limbs of the largest ciphertext each turns."""
+    inward, outward = transform_factors(plan)
+    uses = [(plan.top, set(plan.repetition_steps))]
+    uses += [(plan.top - i, required_steps(factor)) for i, factor in enumerate(inward)]
+    uses += [(plan.bottom + TRANSFORM_STAGES - i, required_steps(factor)) for i, factor in enumerate(outward)]
     out: dict[int, int] = {}
-    for limbs, factor in [*((plan.top - i, f) for i, f in inward), *((plan.bottom + TRANSFORM_STAGES - i, f) for i, f in outward)]:
-        for step in required_steps(factor):
+    for limbs, steps in uses:
+        for step in steps:
             out[step] = max(out.get(step, 0), limbs)
     return dict(sorted(out.items()))
 
@@ -110,6 +124,7 @@ class BootstrappingKeys:
     raise_key: SwitchingKeys = field(repr=False)
     lower_key: SwitchingKeys = field(repr=False)
     fingerprint: str
+    period: int
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +138,7 @@ class BootstrappingKeys:
         contexts = {name: group[0] for name, group in key_groups(plan).items()}
         for part in parts:
             groups[part.group].fill(contexts[part.group], part.index, part.seed, part.b, part.a)
-        return cls(groups[GALOIS], groups[RAISE], groups[LOWER], plan.parameters.fingerprint)
+        return cls(groups[GALOIS], groups[RAISE], groups[LOWER], plan.parameters.fingerprint, plan.period)
 
     @classmethod
     def generate(cls, plan: BootstrapPlan, secret_key: SecretKey, progress: Callable[[int, int], None] | None = None) -> BootstrappingKeys:

@@ -19,15 +19,25 @@ EPHEMERAL_WEIGHT = 32
 OVERFLOW_BOUND = 13
 """Largest multiple of q_0 that ModRaise may add. Multiples are sums of 33 uniforms, of standard deviation 1.66: see `overflow_probability`."""
 DOUBLE_ANGLES = 3
+MIN_PERIOD = 1 << TRANSFORM_STAGES
+"""Every factor of a transform holds a butterfly level."""
 
 
 @dataclass(frozen=True)
 class BootstrapPlan:
-    """Levels and scales of one parameter set. Raises BackendUnavailableError when it has no moduli for bootstrapping."""
+    """Levels and scales of one parameter set. Raises BackendUnavailableError when it has no moduli for bootstrapping.
+
+    `period` distinct slots, a power of two, repeat in the vectors that are bootstrapped; by default all slots are distinct.
+    """
 
     parameters: CKKSParameters
+    period: int = 0
 
     def __post_init__(self) -> None:
+        if not self.period:
+            object.__setattr__(self, "period", self.parameters.slots)
+        if not MIN_PERIOD <= self.period <= self.parameters.slots or self.period & (self.period - 1):
+            raise ParameterError(f"sparse bootstrapping takes a power of two from {MIN_PERIOD} to {self.parameters.slots} slots, got {self.period}")
         if not self.parameters.bootstrap_moduli:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
         if len(self.levels) != len(COSINE_BITS) + 1 or self.levels[-1] != self.bottom + TRANSFORM_STAGES:
@@ -38,6 +48,17 @@ class BootstrapPlan:
         """The same chain with every ciphertext modulus usable; fresh keys for it stay within the same QP."""
         p = self.parameters
         return CKKSParameters(p.ring_degree, p.full_moduli, p.special_moduli, p.scale_bits, p.digit_size, p.insecure)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether real and imaginary parts fit into one ciphertext side by side."""
+        return self.period < self.parameters.slots
+
+    @property
+    def repetition_steps(self) -> tuple[int, ...]:
+        """Rotations whose sums average over the repetitions."""
+        count = (self.parameters.slots // self.period).bit_length() - 1
+        return tuple(self.period << i for i in range(count))
 
     @property
     def top(self) -> int:

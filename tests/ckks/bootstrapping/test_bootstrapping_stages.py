@@ -31,7 +31,7 @@ class Small:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.parameters = CKKSParameters.from_bits(11, 50, 40, 3, 50, 4, insecure=True, bootstrap=True)
-            self.bootstrapper = Bootstrapper(self.parameters)
+            self.bootstrapper = Bootstrapper(BootstrapPlan(self.parameters))
         self.plan = self.bootstrapper.plan
         self.evaluator = Evaluator(context_for(self.parameters))
         self.secret = SecretKey.generate(self.evaluator.context)
