@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PATENT_NOTICE = (
     "A patent family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing self-attention with a power softmax under homomorphic encryption; "
-    "check it before use. The Gaussian-kernel checkpoint beside this one does the same job without it."
+    "check it before use. The Gaussian-kernel checkpoint beside this one contains none."
 )
 _ATTENTION = {
     "gaussian_kernel": "Gaussian-kernel attention exp(-|q - k|^2 / (2 sqrt(head_dim))), not normalised, without softmax or division",
@@ -89,7 +89,7 @@ the server (IND-CPA^D). The engine has had no external audit.
 def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) -> ModelCard:
     """A card from the report of `language_export.export` and the model's config; its evaluation result is that of polynomial mode."""
     name = f"he-gpt-neox-tiny/{variant}"
-    kernel, recipe, run = config.attention_kernel, report["recipe"], report["runs"][variant][str(seed)]
+    kernel, run = config.attention_kernel, report["runs"][variant][str(seed)]
     gaussian = kernel == "gaussian_kernel"
     result = EvalResult(
         task_type="text-generation",
@@ -125,7 +125,7 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
             notice="" if gaussian else f"\n**Patent notice.** {PATENT_NOTICE}\n",
             scores=_scores(report, variant, str(seed)),
             tokens=run["tokens"],
-            seeds=len(recipe["seeds"]),
+            seeds=len(report["summary"][variant]["ratios"]),
             quantity="the exponent of every query-key pair, masked ones included" if gaussian else "eps + mean x^p of a row",
             approximations=_approximations(config, run),
             outside=f"Values outside: {outside['dev']} on dev text, {outside['test']} on test text, {outside['stress']} on 512 stress blocks.",
