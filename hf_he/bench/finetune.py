@@ -10,6 +10,7 @@ product with an encrypted matrix.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -300,7 +301,7 @@ def validate(shape: Shape, prices: Prices, announce: Announce) -> list[Validatio
 
 
 def _validated(what: str, prices: Prices, packing: Packing, prepare: Callable[..., Callable[[], Any]], inputs: tuple[np.ndarray, ...]) -> Validation:
-    """Counts what `prepare(session, *ciphertexts)` gives, then times its second native run: plaintexts are encoded in the first."""
+    """Counts what `prepare(session, *ciphertexts)` gives, then times it natively, the median of three runs: plaintexts are encoded in one before."""
     counting = PricedSession(prices.backend.parameters, packing)
     fresh = counting.backend.fresh(counting.top)
     with torch.no_grad():
@@ -310,10 +311,12 @@ def _validated(what: str, prices: Prices, packing: Packing, prepare: Callable[..
         native = Native(prices, packing, rotations)
         run = prepare(native.session, *(native.encrypt(values) for values in inputs))
         run()
-        start = time.process_time()
-        run()
-        seconds = time.process_time() - start
-    return Validation(what, seconds, sum(prices.seconds(units).values()))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+    return Validation(what, statistics.median(times), sum(prices.seconds(units).values()))
 
 
 def measure(shapes: Sequence[Shape], runs: int, announce: Announce) -> list[dict[str, Any]]:
