@@ -153,10 +153,11 @@ def generate(
 def plan(
     model: Model = None,
     parameters: Parameters = "n14",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sentences at once: chooses the features per ciphertext for them, and says why.")] = None,
     json_output: Json = False,
 ) -> None:
     """Show at which level each operation will run, and what refreshes, keys and time that takes; no keys are made."""
-    _load("plan").plan(model, parameters, json_output)
+    _load("plan").plan(model, parameters, json_output, batch)
 
 
 @app.command()

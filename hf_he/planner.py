@@ -28,7 +28,7 @@ from hf_he.ops.placement import Levels
 from hf_he.packing import Packing
 from hf_he.tensor import EncryptedTensor
 
-__all__ = ["CountingSession", "Plan", "key_sizes", "make_plan"]
+__all__ = ["CountingSession", "PackingChoice", "Plan", "choose_packing", "key_sizes", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,35 @@ def make_plan(model: nn.Module, parameters: CKKSParameters, packing: Packing) ->
         backend.reset()
         run(lambda: _forward(model, session))
     return Plan(levels, backend.rotation_levels, backend.relinearization_level, tuple(backend.refreshes), backend.log.operations(), dict(backend.seconds))
+
+
+@dataclass(frozen=True)
+class PackingChoice:
+    """The packing that takes the least time for a batch, its plan, and why: the seconds of one core for the whole batch, by features per ciphertext."""
+
+    packing: Packing
+    plan: Plan
+    seconds: dict[int, float]
+    reason: str
+
+
+def choose_packing(model: nn.Module, parameters: CKKSParameters, tokens: int, batch: int) -> PackingChoice:
+    """One feature per ciphertext, or the hidden size (of one that is no power of two, its largest divisor that is): what is estimated faster for
+    `batch` sequences of `tokens` tokens. A packed batch costs the same whether it is full or not, which decides."""
+    config = model.config
+    widths = [config.hidden_size & -config.hidden_size]
+    if config.model_type not in DECODERS and config.attention_kernel == "gaussian_kernel":
+        widths.append(1)
+    plans, seconds, said = {}, {}, []
+    for width in widths:
+        packing = Packing.fit(parameters.slots, width, tokens)
+        runs = -(-batch // packing.sequences)
+        plan = make_plan(model, parameters, packing)
+        plans[width], seconds[width] = (packing, plan), runs * sum(plan.seconds.values())
+        said.append(f"with {width} a ciphertext {seconds[width]:.1f} s, {runs} packed batches of up to {packing.sequences} sequences")
+    best = min(seconds, key=lambda width: seconds[width])
+    reason = f"{best} features per ciphertext are faster for {batch} sequences: {'; '.join(said)}" if len(widths) > 1 else "the only packing of this model"
+    return PackingChoice(*plans[best], seconds, reason)
 
 
 def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from test_tensor import TOKENS, VARIANTS, calibrated, inputs, run, small_model
 from hf_he.ckks.parameters import parameter_set
 from hf_he.models.he_bert import HEBertConfig, HEBertForSequenceClassification
 from hf_he.packing import Packing
-from hf_he.planner import make_plan
+from hf_he.planner import choose_packing, make_plan
 
 
 def default_shape() -> HEBertForSequenceClassification:
@@ -63,3 +63,11 @@ def test_round_trips_of_the_default_parameters():
     parameters = parameter_set("n14")
     plan = make_plan(default_shape(), parameters, Packing.fit(parameters.slots, 128, 32))
     assert [count for _, count in plan.refreshes] == [1] * 12 and plan.operations["rotate"] == 1077
+
+
+def test_a_batch_that_fills_the_slots_is_packed_one_feature_per_ciphertext():
+    parameters = parameter_set("n14")
+    few, many = (choose_packing(default_shape(), parameters, 32, batch) for batch in (2, 256))
+    assert (few.packing.features, many.packing.features) == (128, 1)
+    assert many.seconds[128] / 5 > many.seconds[1] == sum(many.plan.seconds.values())
+    assert "256 sequences" in many.reason and set(many.seconds) == {1, 128}

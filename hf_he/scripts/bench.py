@@ -125,6 +125,43 @@ def finetune(
         say(f"{entry['what']}: {entry['measured']:.2f} s measured, {entry['priced']:.2f} s priced ({100 * (entry['ratio'] - 1):+.0f} %)")
 
 
+@app.command()
+def model(
+    backend: Annotated[str, typer.Option(help="native, simulator, fhelium or desilo.")] = "native",
+    device: Annotated[str, typer.Option(help="cpu, or cuda where the backend runs on it.")] = "cpu",
+    shape: Annotated[str, typer.Option(help="shipped: the model that ships; paper: 2 x 768, 12 heads, 128 tokens, random weights.")] = "shipped",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sentences; default: as many as one packed batch holds.")] = None,
+    features: Annotated[int | None, typer.Option(min=1, help="Features per ciphertext; 1 is for batches of hundreds.")] = None,
+    parameters: Annotated[str | None, typer.Option(help="Parameter set; default: that of the shape.")] = None,
+    priced: Annotated[bool | None, typer.Option("--priced/--run", help="Project from operation counts; default: the native engine's paper shape only.")] = None,
+    json_output: Json = False,
+) -> None:
+    """One encrypted inference on a backend and a device: seconds, memory, and the paper's figures beside them."""
+    from hf_he.bench import model as whole
+    from hf_he.errors import DataError
+    from hf_he.scripts.display import console, print_json, progress_bar
+
+    if priced and backend != "native":
+        raise DataError("--priced projects the times of the native engine: leave --backend out, or measure with --run")
+    priced = (backend, shape) == ("native", "paper") if priced is None else priced
+    with progress_bar("Preparing") as progress:
+
+        def announce(text: str) -> None:
+            progress.update(progress.task_ids[0], note=text)
+
+        work = whole.workload(shape, batch, features, parameters)
+        row = whole.priced(work) if priced else whole.measure(work, backend, device, announce)
+    if json_output:
+        print_json(row)
+        return
+    from rich.table import Table
+
+    found = Table(show_header=False, title="One encrypted inference")
+    for name, value in whole.table(row):
+        found.add_row(name, value)
+    console.print(found)
+
+
 def _run(parts: tuple[str, ...], quick: bool, peers: Path, threads: int, rounds: int, only: str | None) -> dict[str, Any]:
     from hf_he.bench import machine
     from hf_he.bench.runner import NATIVE, PEERS, Measurements, Turns, find_libraries

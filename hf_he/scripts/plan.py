@@ -11,15 +11,19 @@ from rich.table import Table
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.packing import Packing
-from hf_he.planner import Plan, key_sizes, make_plan
+from hf_he.planner import Plan, choose_packing, key_sizes, make_plan
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.refresh import BootstrapRefresh
 from hf_he.scripts.display import console, print_json
 
 
-def collect(model: Path | None, parameters: str) -> dict[str, Any]:
-    """Everything `hf-he plan` shows, JSON-ready."""
+def collect(model: Path | None, parameters: str, batch: int | None = None) -> dict[str, Any]:
+    """Everything `hf-he plan` shows, JSON-ready. With `batch`, of the packing that suits so many sentences, and why it does."""
     classifier, chosen = load_classifier(model or default_model()), parameter_set(parameters)
+    if batch is not None:
+        choice = choose_packing(classifier, chosen, SEQUENCE_LENGTH, batch)
+        why = {"batch": batch, "seconds_by_features": {str(width): value for width, value in choice.seconds.items()}, "reason": choice.reason}
+        return describe(choice.plan, chosen, choice.packing) | {"parameters": parameters, "packing": why}
     packing = Packing.fit(chosen.slots, classifier.config.hidden_size, SEQUENCE_LENGTH)
     return describe(make_plan(classifier, chosen, packing), chosen, packing) | {"parameters": parameters}
 
@@ -31,6 +35,7 @@ def describe(plan: Plan, parameters: CKKSParameters, packing: Packing) -> dict[s
         "ring_degree": parameters.ring_degree,
         "levels": parameters.max_level,
         "sequences_per_batch": packing.sequences,
+        "features_per_ciphertext": packing.features,
         "placement": [{"module": name, "kind": type(at).__name__.removesuffix("Levels").lower(), **asdict(at)} for name, at in plan.levels.items()],
         "refresh": "bootstrap" if bootstraps else "client",
         "batches_per_refresh": BootstrapRefresh.lanes if bootstraps else 1,
@@ -43,9 +48,9 @@ def describe(plan: Plan, parameters: CKKSParameters, packing: Packing) -> dict[s
     }
 
 
-def plan(model: Path | None, parameters: str, json_output: bool) -> None:
+def plan(model: Path | None, parameters: str, json_output: bool, batch: int | None = None) -> None:
     """Print the plan as tables or JSON."""
-    data = collect(model, parameters)
+    data = collect(model, parameters, batch)
     if json_output:
         print_json(data)
         return
@@ -55,6 +60,8 @@ def plan(model: Path | None, parameters: str, json_output: bool) -> None:
         placement.add_row(row["module"], row["kind"], levels)
     console.print(placement if data["placement"] else "this architecture is placed while it runs, operation by operation")
     facts = Table(show_header=False, title="Run")
+    if "packing" in data:
+        facts.add_row("packing", data["packing"]["reason"])
     widths = [row["ciphertexts"] for row in data["refreshes"]]
     how = f"by bootstrapping, {data['batches_per_refresh']} batches together" if data["refresh"] == "bootstrap" else "by the client, a round trip each"
     facts.add_row("refreshes", f"{len(widths)} of {min(widths, default=0)} to {max(widths, default=0)} ciphertexts, {how}")
