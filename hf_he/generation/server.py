@@ -89,6 +89,7 @@ class GenerationServer(Server):
         self.tokens = context
         self.max_tokens = context if max_tokens is None else max_tokens
         super().__init__(model, evaluation_keys, refresh=refresh)
+        self._install: Callable[[], None] | None = None
         self.decoder = self._decoder()
         self.decoder.cache(self.max_tokens, 1)
         self._generations: OrderedDict[str, Generation] = OrderedDict()
@@ -144,8 +145,14 @@ class GenerationServer(Server):
         lora = EncryptedLora.load(self._adapter)
         lora.identity.check(replace(self.identity, model=self._base_fingerprint), "encrypted adapter")
         tuned = lora.attach(self.model)
-        lora.install(self.session, tuned)
+        self._install = partial(lora.install, self.session, tuned)
         return EncryptedDecoder(self.session, tuned.get_base_model(), uniform=False)
+
+    def _install_adapter(self) -> None:
+        """Bring an encrypted adapter into the model: with the first message, because that may take a refresh by the client."""
+        if self._install is not None:
+            self._install()
+            self._install = None
 
     def _place(self) -> None:
         """Decoders run at the defaults of hf_he.ops, demand by demand."""
@@ -209,6 +216,7 @@ class GenerationServer(Server):
     # ---- computing ----
     def _next(self, work: TokenWork, progress: Progress | None) -> bytes:
         message = work.message
+        self._install_adapter()
         if isinstance(message, EncryptedPrompt):
             cache = self.decoder.cache(self.max_tokens, message.prompts)
             cache.lengths[:] = message.lengths

@@ -200,14 +200,14 @@ def test_an_adapter_that_stays_encrypted(tmp_path):
     keys = client.keygen(lora=HELoraConfig(r=2, target_modules=["query_key_value", "dense"]))
     client.encrypt_adapter(tmp_path / "adapter", tmp_path / "encrypted")
     server = GenerationServer(tmp_path / "model", keys.evaluation, context=8, adapter=tmp_path / "encrypted")
-    inside = [parameter for name, parameter in server.decoder.model.named_parameters() if "lora_" in name]
-    assert not inside and any("lora_" in name for name, _ in server.decoder.model.named_modules())
     with_adapter = GenerationClient.from_pretrained(tmp_path / "model", keys=keys, context=8, adapter=tmp_path / "encrypted", server=server)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter").eval()
     prompt = torch.tensor([[2, 4, 5, 6]])
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     tokens = plain.generate(input_ids=prompt, **options, custom_generate=encrypted_generate, client=with_adapter)
     assert tokens.tolist() == plain.generate(input_ids=prompt, **options).tolist()
+    inside = [parameter for name, parameter in server.decoder.model.named_parameters() if "lora_" in name]
+    assert not inside and any("lora_" in name for name, _ in server.decoder.model.named_modules())
     assert with_adapter.last.max_logit_error < 1e-4
     without = client.model(tokens[:, :-1]).logits[0, -1]
     assert np.abs(with_adapter.last.logits[0] - without.detach().numpy()).max() > 0.01
