@@ -76,8 +76,8 @@ class Values:
 class DesiloBackend(HEBackend):
     """HEBackend on DESILO FHE 2.0; `device` is "cpu" or "cuda" (needs one of the `desilofhe-cuXXX` packages).
 
-    A parameter set is served by the library's engine of the same slots with at least as many levels; its own moduli count for security, 128 bits by
-    the vendor's statement. Raises BackendUnavailableError when there is no such engine.
+    A parameter set is served by the library's engine of the same slots with more levels, because its keys do not reach the highest one; its own
+    moduli count for security, 128 bits by the vendor's statement. Raises BackendUnavailableError when there is no such engine.
     """
 
     name = "desilo"
@@ -367,15 +367,15 @@ def _engine(parameters: CKKSParameters, device: str) -> Any:
     if mode is None:
         raise BackendUnavailableError(f"the desilo backend runs on cpu or cuda, not on {device!r}")
     threads = int(os.environ.get("NUMBA_NUM_THREADS", os.cpu_count() or 1))
-    options = {"bootstrap": True} if parameters.bootstrap_moduli else {"max_level": parameters.max_level}
+    options = {"bootstrap": True} if parameters.bootstrap_moduli else {"max_level": parameters.max_level + 1}
     try:
         engine = desilofhe.Engine(mode=mode, **options, **({"thread_count": threads} if mode == "parallel" else {}))
     except (RuntimeError, ValueError) as error:
-        raise BackendUnavailableError(f"DESILO FHE makes no engine with {parameters.max_level} levels on {device}: {error}") from error
-    if engine.slot_count != parameters.slots or engine.max_level < parameters.max_level:
+        raise BackendUnavailableError(f"DESILO FHE makes no engine with {parameters.max_level + 1} levels on {device}: {error}") from error
+    if engine.slot_count != parameters.slots or engine.max_level <= parameters.max_level:
         found = f"{engine.slot_count} slots and {engine.max_level} levels"
         raise BackendUnavailableError(
-            f"DESILO FHE chooses its own rings: asked for {parameters.max_level} levels it has {found}, these parameters {parameters.slots} slots; "
-            "use the parameter set n14, n15 or n16-bootstrap"
+            f"DESILO FHE chooses its own rings: asked for {parameters.max_level + 1} levels it has {found}, these parameters {parameters.slots} slots; "
+            "use --parameters n14-6, or n16-bootstrap"
         )
     return engine

@@ -222,6 +222,7 @@ class CKKSParameters:
 PARAMETER_SETS: dict[str, Callable[[], CKKSParameters]] = {
     "n13": partial(CKKSParameters.from_bits, 13, first_bits=46, scale_bits=40, levels=3, special_bits=46, special_count=1),
     "n14": partial(CKKSParameters.from_bits, 14, first_bits=50, scale_bits=40, levels=7, special_bits=49, special_count=2),
+    "n14-6": partial(CKKSParameters.from_bits, 14, first_bits=50, scale_bits=40, levels=6, special_bits=49, special_count=2),
     "n15": partial(CKKSParameters.from_bits, 15, first_bits=50, scale_bits=40, levels=15, special_bits=50, special_count=4),
     "n16": partial(CKKSParameters.from_bits, 16, first_bits=50, scale_bits=40, levels=31, special_bits=50, special_count=8),
     "n16-bootstrap": partial(CKKSParameters.from_bits, 16, first_bits=49, scale_bits=40, levels=13, special_bits=50, special_count=8, bootstrap=True),

@@ -64,7 +64,9 @@ def party(request) -> Party:
     name, size = request.param
     if (name, size) == ("desilo", "toy"):
         pytest.skip("DESILO FHE chooses its own rings, none of them this small")
-    return Party(name, toy_parameters() if size == "toy" else parameter_set(size))
+    if size == "toy":
+        return Party(name, toy_parameters())
+    return Party(name, parameter_set("n14-6" if name == "desilo" else size))
 
 
 # ---- encryption ----
@@ -338,7 +340,7 @@ def test_damaged_or_foreign_bytes_are_refused(party):
         he.deserialize(data, "evaluation_keys")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = parameter_set("n15") if he.name == "desilo" else replace(party.parameters, scale_bits=38)
+        other = parameter_set("n16-bootstrap") if he.name == "desilo" else replace(party.parameters, scale_bits=38)
     with pytest.raises(ParameterError):
         get_backend(he.name, other).deserialize(data, "ciphertext")
 
