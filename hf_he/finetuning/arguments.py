@@ -46,7 +46,7 @@ class EncryptedTrainingArguments(TrainingArguments):
         public_padding_mask: send padding masks in the clear; the server then learns the lengths.
         lora_rank, target_modules: rank of the adapters, and the linear layers that get one.
         divisor, eps, loss_bound: ranges of the polynomials of AdamW-HE and of the softmax (see hf_he.finetuning.optimizer and .loss); what is not given the
-            client calibrates in the clear on `calibration_rows` of its examples.
+            client calibrates in the clear on the examples of the first `calibration_steps` steps.
         momentum: of sgd.
         processes: server processes that share the micro-batches of a step.
     """
@@ -71,7 +71,7 @@ class EncryptedTrainingArguments(TrainingArguments):
     divisor: float | None = field(default=None, metadata={"help": "Bound of v_hat + eps; default: calibrated on the client."})
     eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: 0.02 of the divisor."})
     loss_bound: float | None = field(default=None, metadata={"help": "Largest difference of logits; default: calibrated on the client."})
-    calibration_rows: int = field(default=256, metadata={"help": "Training examples the client calibrates on."})
+    calibration_steps: int = field(default=16, metadata={"help": "Steps whose examples the client calibrates on."})
     momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
     processes: int = field(default=1, metadata={"help": "Server processes."})
 

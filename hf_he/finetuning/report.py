@@ -122,7 +122,7 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
     def rows(number: int) -> list[int]:
         return accepted(client, train, order.step(number))[0]
 
-    calibrated = range(1, min(-(-args.calibration_rows // draft.sequences), order.steps_per_epoch) + 1)
+    calibrated = range(1, min(args.calibration_steps, order.steps_per_epoch) + 1)
     found = calibrate(model, tokenizer, train, draft, [rows(number) for number in calibrated], args.seed)
     settings = args.settings(len(train), divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
     before = evaluate_model(load_classifier(model), tokenizer, dev).score

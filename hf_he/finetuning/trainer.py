@@ -192,7 +192,7 @@ class EncryptedTrainer:
         draft = args.settings(rows, divisor=1.0, eps=0.02, loss_bound=12.0)
         if None not in (args.divisor, args.eps, args.loss_bound):
             return draft
-        steps = range(1, min(-(-args.calibration_rows // draft.sequences), self.order.steps_per_epoch) + 1)
+        steps = range(1, min(args.calibration_steps, self.order.steps_per_epoch) + 1)
         self._announce(f"Calibrating on the examples of {len(steps)} steps in the clear")
         batches = [accepted(client, self.train_dataset, self.order.step(number))[0] for number in steps]
         found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed)
