@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -217,7 +218,7 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         rows.append(
             {
                 **asdict(point),
-                "score": sum(scores) / len(scores) if len(scores) == len(runs) else None,
+                "score": statistics.mean(scores) if len(scores) == len(runs) else None,
                 "lowest": min(scores, default=None),
                 "highest": max(scores, default=None),
                 "before": entry.before,
@@ -231,14 +232,16 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             }
         )
     for row in rows:
-        row["pareto"] = row["score"] is not None and not any(
-            other["score"] is not None
-            and (other["score"], -other["step_seconds"]) != (row["score"], -row["step_seconds"])
-            and other["score"] >= row["score"]
-            and other["step_seconds"] <= row["step_seconds"]
-            for other in rows
-        )
+        row["pareto"] = row["score"] is not None and not any(_beats(other, row) for other in rows)
     return rows
+
+
+def _beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether `other` is as good at less cost, or better at no more."""
+    if other["score"] is None:
+        return False
+    gain, saved = round(other["score"] - row["score"], 9), row["step_seconds"] - other["step_seconds"]
+    return gain >= 0 and saved >= 0 and (gain > 0 or saved > 0)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
