@@ -41,7 +41,7 @@ def test_projections_say_so_and_grow_with_the_packed_batches():
     assert one["peak_memory_gb"] is None
 
 
-def test_one_feature_per_ciphertext_costs_a_fifth_per_sentence():
+def test_one_feature_per_ciphertext_is_priced_at_less_than_a_fifth_per_sentence():
     narrow, wide = (whole.priced(whole.workload("shipped", None, features)) for features in (128, 1))
     assert (narrow["batch"], wide["batch"]) == (2, 256)
     assert narrow["seconds_sample"] > 5 * wide["seconds_sample"]

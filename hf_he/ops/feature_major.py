@@ -2,7 +2,8 @@
 
 A map of such a state is a matrix product over ciphertexts: no rotation, no key, no encoded weight. Weights become small integers, so that
 all of it is one modular matrix product on the residues (`HEBackend.linear_combination`), exact up to the rounding of the weights.
-It pays when a batch fills the slots with tokens and sequences: the cost per sequence falls with their number.
+It pays when a batch fills the slots with tokens and sequences: the cost per sequence falls with their number. Attention on such states is in
+hf_he.ops.feature_major_attention; norms, activations and sums are those of every other packing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Attention and whole models with one ciphertext per feature, on the simulator, against polynomial mode."""
+"""Attention, activations and whole models with one ciphertext per feature, on the simulator, against polynomial mode."""
 
 import numpy as np
 import pytest
 import torch
 from test_tensor import TOKENS, VARIANTS, calibrated, inputs, run, small_model
 
-from hf_he.approximation import kernel_exponential
+from hf_he.approximation import fit_polynomial, kernel_exponential
 from hf_he.errors import UnsupportedEncryptedOperation
-from hf_he.ops import feature_major_attention, required_rotations
+from hf_he.ops import activation, feature_major_attention, required_rotations
 from hf_he.ops.operand import Operand
 from hf_he.packing import Packing
 from hf_he.planner import make_plan
@@ -66,3 +66,12 @@ def test_causal_masks_are_refused(wide):
     operand = Operand(wide.session, 4, wide.encrypt(wide.states(4)).ciphertext)
     with pytest.raises(UnsupportedEncryptedOperation, match="causal"):
         feature_major_attention.encrypted(wide.session, operand, operand, operand, None, 1, 0.5, kernel_exponential((-16.0, 0.0), 5), causal=True)
+
+
+def test_wide_states_are_activated_in_pieces(wide, monkeypatch):
+    monkeypatch.setattr(activation, "LARGEST_BATCH", 8)
+    states, approximation = wide.states(12), fit_polynomial("gelu", (-6.0, 6.0), 15)
+    wide.backend.log.reset()
+    out = activation.encrypted(wide.session, wide.encrypt(states).operand, approximation)
+    assert {entry.count for entry in wide.backend.log.trace if entry.primitive == "multiply"} == {4}
+    wide.check(out, activation.reference(states, approximation), tolerance=1e-5)
