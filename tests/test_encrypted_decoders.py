@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import Lab
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laboratory import Lab
 
 from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM, HELlamaConfig, HELlamaForCausalLM
 from hf_he.backends import available_backends

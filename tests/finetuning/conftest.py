@@ -3,18 +3,12 @@
 from contextlib import contextmanager
 
 import pytest
-from tiny_model import SENTENCES, save_tiny_model
+from tiny_model import save_tiny_model
+from tiny_run import DATA, OPTIONS
 
-from hf_he.data import TextDataset
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.server import FinetuneServer
 from hf_he.finetuning.trainer import EncryptedTrainer
-
-DATA = TextDataset("mr", "train", tuple(SENTENCES * 3), None, tuple([1, 0, 1, 0, 1] * 3))
-OPTIONS = {
-    "backend": "simulator", "max_steps": 2, "per_device_train_batch_size": 10, "target_modules": ("query", "value"), "learning_rate": 4e-3,
-    "report_to": "none", "disable_tqdm": True,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

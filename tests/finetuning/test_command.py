@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import DATA
+from tiny_run import DATA
 from typer.testing import CliRunner
 
 from hf_he.cli import app

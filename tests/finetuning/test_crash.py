@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import DATA, OPTIONS
 from safetensors.torch import load_file
+from tiny_run import DATA, OPTIONS
 
 CRASHES = int(os.environ.get("HF_HE_CRASHES", "2"))
 SEED = int(os.environ.get("HF_HE_CRASH_SEED", "0"))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import Lab
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laboratory import Lab
 
 from hf_he.approximation import fit_reciprocal, power_polynomial
 from hf_he.errors import ShapeError
