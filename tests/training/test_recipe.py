@@ -36,7 +36,7 @@ def test_nested_values_and_defaults(tmp_path):
         ("kernel_stage: {epochs: many}", "kernel_stage: epochs must be a number, got 'many'"),
         ("kernel_stage: {unlabelled_rows: half}", "unlabelled_rows must be a whole number or null, got 'half'"),
         ("seed: a", "seed must be int, got 'a'"),
-        ("task: sst2", "task 'sst2' is not one of mr"),
+        ("task: wikipedia", "task 'wikipedia' is not one of mr"),
         ("unlabelled: wikipedia", "must be imdb or none"),
         ("kernel_stage: 3", "expected keys and values, got 3"),
     ],
