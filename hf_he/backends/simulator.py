@@ -1,7 +1,7 @@
 """The simulator: plaintext values behind the HEBackend contract, with the levels, scales, overflows and noise of real CKKS.
 
 It protects nothing. A payload holds what the slots of the encoded polynomial hold, that is value * scale, and an estimate of the error;
-"encryption" adds noise from a numpy generator, as do key switching, rescaling and encoding, so results carry errors of the size a real
+"encryption" adds noise from `simulated_noise`, as do key switching, rescaling and encoding, so results carry errors of the size a real
 backend gives, and a wrong scale gives wrong values here too. Levels, scales, operation counts and traces come from the base class and
 are those of every other backend.
 
@@ -26,6 +26,7 @@ import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase, new_key_id
+from hf_he.backends.simulated_noise import NoiseSource, largest_magnitude
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
@@ -80,8 +81,10 @@ class SimulatorBackend(HEBackend):
 
     def __init__(self, parameters: CKKSParameters, seed: int | None = None) -> None:
         super().__init__(parameters)
-        self._generator = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
+        self._source = NoiseSource(secrets.randbits(64) if seed is None else seed)
         self.rotations_used: Counter[int] = Counter()
+        self._key_switch = [self._key_switch_noise(level) for level in range(parameters.max_level + 1)]
+        self._largest = [2.0 ** min(parameters.log2_modulus(level) - 1, 1023.0) for level in range(parameters.max_level + 1)]
 
     def capabilities(self) -> dict[str, bool]:
         return {**super().capabilities(), "simulated": True}
@@ -220,12 +223,12 @@ class SimulatorBackend(HEBackend):
 
     def _noisy(self, values: np.ndarray, noise: np.ndarray, added: float, level: int) -> Slots:
         """`values` with fresh noise of standard deviation `added`."""
-        values = values + self._generator.standard_normal(values.shape) * added
-        return self._checked(values, np.hypot(noise, added), level)
+        values, largest = self._source.added(values, added)
+        return self._checked(values, np.hypot(noise, added), level, largest)
 
-    def _checked(self, values: np.ndarray, noise: np.ndarray, level: int) -> Slots:
-        largest = float(np.max(np.abs(values), initial=1.0))
-        if math.log2(largest) > self.parameters.log2_modulus(level) - 1:
+    def _checked(self, values: np.ndarray, noise: np.ndarray, level: int, largest: float | None = None) -> Slots:
+        largest = largest_magnitude(values) if largest is None else largest
+        if largest > self._largest[level]:
             raise ScaleMismatchError(
                 f"a slot holds 2^{math.log2(largest):.1f}, which overflows the modulus 2^{self.parameters.log2_modulus(level):.1f} of level {level}: "
                 "a value left its range, or the ciphertext must be refreshed at a higher level first"
@@ -261,7 +264,7 @@ class SimulatorBackend(HEBackend):
 
     def _add_plain(self, a: Ciphertext, b: Plaintext) -> Slots:
         x, y = a.payload, b.payload
-        return self._checked(x.values + self._continued(y.values), np.hypot(x.noise, y.noise), a.level)
+        return self._checked(self._with_period(np.add, x.values, y.values), np.hypot(x.noise, y.noise), a.level)
 
     def _add_scalar(self, a: Ciphertext, value: float) -> Slots:
         return self._checked(a.payload.values + round(value * a.scale), a.payload.noise, a.level)
@@ -278,7 +281,7 @@ class SimulatorBackend(HEBackend):
     def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> Slots:
         x, y = a.payload, b.payload
         noise = np.hypot(_rms(x.values) * y.noise, _rms(y.values) * x.noise)
-        return self._checked(x.values * self._continued(y.values), noise, a.level)
+        return self._checked(self._with_period(np.multiply, x.values, y.values), noise, a.level)
 
     def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Slots:
         x, y = a.payload, plain.payload
@@ -298,7 +301,7 @@ class SimulatorBackend(HEBackend):
         return self._checked(values, np.sqrt(variance), a.level)
 
     def _relinearize(self, a: Ciphertext) -> Slots:
-        return self._noisy(a.payload.values, a.payload.noise, self._key_switch_noise(a.level), a.level)
+        return self._noisy(a.payload.values, a.payload.noise, self._key_switch[a.level], a.level)
 
     def _rescale(self, a: Ciphertext) -> Slots:
         q = self.parameters.moduli[a.level]
@@ -309,21 +312,24 @@ class SimulatorBackend(HEBackend):
 
     # ---- automorphisms ----
     def _rotate(self, a: Ciphertext, steps: tuple[int, ...]) -> Slots:
-        parts = [self._rotated(a.payload.values, a.payload.noise, step, a.level) for step in steps]
-        return Slots(np.stack([p.values for p in parts]), np.stack([p.noise for p in parts]))
+        values, largest = self._source.rotated(a.payload.values, steps, self._key_switch[a.level])
+        return self._checked(values, self._rotated_noise(np.stack([a.payload.noise] * len(steps)), steps, a.level), a.level, largest)
 
     def _sum_rotated(self, a: Ciphertext, steps: tuple[int, ...]) -> Slots:
-        parts = [self._rotated(a.payload.values[g], a.payload.noise[g], step, a.level) for g, step in enumerate(steps)]
-        return self._checked(sum(p.values for p in parts), np.sqrt(sum(np.square(p.noise) for p in parts)), a.level)
+        values, largest = self._source.sum_rotated(a.payload.values, steps, self._key_switch[a.level])
+        noise = self._rotated_noise(a.payload.noise, steps, a.level)
+        return self._checked(values, np.sqrt(np.square(noise).sum(0)), a.level, largest)
 
-    def _rotated(self, values: np.ndarray, noise: np.ndarray, step: int, level: int) -> Slots:
-        if step == 0:
-            return Slots(values, noise)
-        self.rotations_used[step] += math.prod(noise.shape)
-        return self._noisy(np.roll(values, -step, axis=-1), noise, self._key_switch_noise(level), level)
+    def _rotated_noise(self, noise: np.ndarray, steps: tuple[int, ...], level: int) -> np.ndarray:
+        """[steps, *batch] errors after these rotations, which are counted."""
+        for step in steps:
+            if step:
+                self.rotations_used[step] += math.prod(noise.shape[1:])
+        added = np.array([self._key_switch[level] if step else 0.0 for step in steps])
+        return np.hypot(noise, added.reshape(-1, *[1] * (noise.ndim - 1)))
 
     def _conjugate(self, a: Ciphertext) -> Slots:
-        return self._noisy(a.payload.values, a.payload.noise, self._key_switch_noise(a.level), a.level)
+        return self._noisy(a.payload.values, a.payload.noise, self._key_switch[a.level], a.level)
 
     # ---- refresh ----
     def _bootstrap(self, a: Ciphertext, divisor: int = 1) -> Slots:
@@ -333,7 +339,7 @@ class SimulatorBackend(HEBackend):
         values = a.payload.values.reshape(*a.batch_shape, -1, period).mean(-2)
         reduced = np.sin(2 * np.pi / modulus * to_coefficients(values, 1.0)) * (modulus / (2 * np.pi))
         noise = BOOTSTRAP_NOISE * p.ring_degree * math.sqrt(2 * period) * modulus / p.scale_at(0) * scale
-        fresh = to_values(reduced, 1.0) * (scale / a.scale) + self._generator.standard_normal(values.shape) * noise
+        fresh, _ = self._source.added(to_values(reduced, 1.0) * (scale / a.scale), noise)
         spread = np.hypot(a.payload.noise * (scale / a.scale), noise)
         return self._noisy(np.tile(fresh, p.slots // period), spread, self._rounding_noise(2), p.max_level)
 
@@ -347,10 +353,12 @@ class SimulatorBackend(HEBackend):
     def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Slots:
         return Slots(a.payload.values.reshape(*batch_shape, self.parameters.slots), a.payload.noise.reshape(batch_shape))
 
-    def _continued(self, values: np.ndarray) -> np.ndarray:
-        """[*batch, period] plaintext values over all slots."""
-        return np.tile(values, self.parameters.slots // values.shape[-1])
+    def _with_period(self, operation: np.ufunc, values: np.ndarray, periodic: np.ndarray) -> np.ndarray:
+        """operation(values, periodic), [*batch, period] plaintext values being continued over all slots."""
+        period = periodic.shape[-1]
+        out = operation(values.reshape(*values.shape[:-1], -1, period), periodic[..., None, :])
+        return out.reshape(*out.shape[:-2], self.parameters.slots)
 
 
 def _rms(values: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.mean(np.square(values), axis=-1))
+    return np.sqrt(np.vecdot(values, values) / values.shape[-1])
