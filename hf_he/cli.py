@@ -30,6 +30,7 @@ MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Toke
 DemoRefresh = Annotated[
     str | None, typer.Option("--refresh", help="bootstrap: the server needs nobody; client: quicker, less memory, interactive. Default: what the set can.")
 ]
+Features = Annotated[int | None, typer.Option("--features", min=1, help="Features per ciphertext; 1 is for hundreds of sentences. Default: the planner's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -44,9 +45,10 @@ def demo(
     refresh: DemoRefresh = None,
     json_output: Json = False,
     trace: Annotated[Path | None, typer.Option(help="Also write the server's operations with their levels to this file.")] = None,
+    features: Features = None,
 ) -> None:
     """Encrypt sentences, classify them on ciphertexts in a server process, decrypt, and compare with plaintext."""
-    agrees = _load("demo").demo(model, backend, parameters, num_sentences, seed, text, refresh, json_output, trace)
+    agrees = _load("demo").demo(model, backend, parameters, num_sentences, seed, text, refresh, json_output, trace, features)
     raise typer.Exit(0 if agrees else 1)
 
 
@@ -72,9 +74,10 @@ def encrypt(
     model: Model = None,
     keys: Keys = Path("keys"),
     out: Annotated[Path, typer.Option(help="Encrypted file to write.")] = Path("batch.enc"),
+    features: Features = None,
 ) -> None:
     """Encrypt sentences for a model."""
-    _load("files").encrypt(text, model, keys, out)
+    _load("files").encrypt(text, model, keys, out, features)
 
 
 @app.command()

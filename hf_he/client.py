@@ -10,7 +10,8 @@ print(result.labels)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +25,17 @@ from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
-from hf_he.planner import make_plan
-from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
+from hf_he.planner import PackingChoice, Plan, choose_packing, make_plans, packing_widths
+from hf_he.protocol import SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, max_batches, widest_batch
+from hf_he.refresh import LARGEST_REFRESH
 from hf_he.results import InferenceResult, Sentence, merge_reports
 
 DEFAULT_PARAMETERS = "n14"
 BOOTSTRAPPING_PARAMETERS = "n16-bootstrap"
 MAX_REFRESHES_PER_BATCH = 256
-_BATCHES_PER_MESSAGE = 64
+_CIPHERTEXTS_PER_MESSAGE = 128
+"""Of an input that is sent in several messages; at least one packed batch."""
+
 _REFERENCE_BATCH = 32
 _EXACT_BITS = 51
 """Encoding takes one path, and one time, for coefficients below 2^52; this leaves a bit for noise."""
@@ -87,28 +91,42 @@ class Client:
     `directory` holds the model and its tokenizer; `keys` a key folder or Keys (its backend and parameters are then used). The plaintext
     polynomial model serves two purposes on this side: computing embeddings, and refusing sentences whose values would leave a fitted
     range before anything is encrypted.
+
+    `features`: per ciphertext; 1 is for batches of hundreds of sentences, None leaves it to the planner, batch by batch (`choose`). `packing` is the
+    one of few sentences, which training uses. Raises ParameterError for features that the model cannot be packed with.
     """
 
-    def __init__(self, directory: str | Path, backend: HEBackend, keys: Keys | None = None) -> None:
+    def __init__(self, directory: str | Path, backend: HEBackend, keys: Keys | None = None, features: int | None = None) -> None:
         self.directory = Path(directory)
         self.backend = backend
         self.model = load_classifier(directory).double()
         self.tokenizer = _load_tokenizer(self.directory)
         self.model_fingerprint = model_fingerprint(directory)
-        self.packing = Packing.fit(backend.parameters.slots, self.model.config.hidden_size, SEQUENCE_LENGTH)
+        widths = packing_widths(self.model.config)
+        self.packings = {width: Packing.fit(backend.parameters.slots, width, SEQUENCE_LENGTH) for width in widths}
+        self.packing = self.packings[widths[0]]
+        if features not in (None, *widths):
+            raise ParameterError(f"this model is packed with {' or '.join(map(str, widths))} features per ciphertext, not {features}")
+        self.features = features
         self.keys: Keys | None = None
         if keys is not None:
             self.use_keys(keys)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, backend: str = "auto", parameters: str = DEFAULT_PARAMETERS, keys: Keys | str | Path | None = None
+        cls,
+        directory: str | Path,
+        *,
+        backend: str = "auto",
+        parameters: str = DEFAULT_PARAMETERS,
+        keys: Keys | str | Path | None = None,
+        features: int | None = None,
     ) -> Client:
         """A client for the model in `directory`; with `keys`, backend and parameters are those the keys were made for."""
         if keys is None:
-            return cls(directory, get_backend(backend, parameter_set(parameters)))
+            return cls(directory, get_backend(backend, parameter_set(parameters)), features=features)
         keys = keys if isinstance(keys, Keys) else Keys.load(keys)
-        return cls(directory, keys.backend, keys)
+        return cls(directory, keys.backend, keys, features)
 
     def use_keys(self, keys: Keys) -> None:
         if keys.backend.name != self.backend.name or keys.backend.parameters.fingerprint != self.backend.parameters.fingerprint:
@@ -116,10 +134,26 @@ class Client:
         self.keys = keys
 
     def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
-        """Fresh keys for exactly the rotations this model needs, and for bootstrapping if asked. `keys.evaluation` is what a server gets."""
-        plan = make_plan(self.model, self.backend.parameters, self.packing)
-        self.use_keys(Keys.generate(self.backend, plan.rotations, progress, bootstrapping=bootstrapping))
+        """Fresh keys for exactly the rotations this model needs in any of its packings, and for bootstrapping if asked. `keys.evaluation` is what a
+        server gets."""
+        rotations: dict[int, int] = {}
+        for plan in self._plans.values():
+            rotations |= {step: max(level, rotations.get(step, 0)) for step, level in plan.rotations.items()}
+        self.use_keys(Keys.generate(self.backend, rotations, progress, bootstrapping=bootstrapping))
         return self._keys
+
+    @cached_property
+    def _plans(self) -> dict[Packing, Plan]:
+        return make_plans(self.model, self.backend.parameters, SEQUENCE_LENGTH)
+
+    def choose(self, sentences: int, offered: Collection[int] | None = None) -> PackingChoice:
+        """How a batch of so many sentences is packed, and why: as `features` of this client say, otherwise by the planner, out of the features per
+        ciphertext that a server offers."""
+        if self.features is not None:
+            packing = self.packings[self.features]
+            return PackingChoice(packing, self._plans[packing], {}, f"{self.features} features per ciphertext were asked for")
+        offered = set(self.packings) if offered is None else {self.packing.features, *offered}
+        return choose_packing({packing: plan for packing, plan in self._plans.items() if packing.features in offered}, sentences)
 
     @property
     def identity(self) -> Identity:
@@ -142,8 +176,8 @@ class Client:
                 prepared.append(Sentence(text, label, count, count > SEQUENCE_LENGTH, refused, logits))
         return prepared
 
-    def encrypt(self, sentences: Sequence[Sentence]) -> EncryptedBatch:
-        """Encrypt the sentences that were not refused, `packing.sequences` to a ciphertext; lanes left over hold copies.
+    def encrypt(self, sentences: Sequence[Sentence], packing: Packing | None = None) -> EncryptedBatch:
+        """Encrypt the sentences that were not refused, `packing.sequences` to a packed batch (default: of `choose`); lanes left over hold copies.
 
         Raises RangeError when every sentence was refused, DataError when there are none or too many for one message.
         """
@@ -152,33 +186,38 @@ class Client:
             if not sentences:
                 raise DataError("there are no sentences to encrypt: the input is empty")
             raise RangeError(f"every sentence was refused; the first: {sentences[0].refused}")
-        lanes = self.packing.sequences
+        packing = packing or self.choose(len(accepted)).packing
+        lanes, most = packing.sequences, max_batches(self.model.config, packing)
         batches = -(-len(accepted) // lanes)
-        if batches > MAX_BATCHES:
-            raise DataError(f"{len(accepted)} sentences are more than one message holds ({MAX_BATCHES * lanes}): split the input")
+        if batches > most:
+            raise DataError(f"{len(accepted)} sentences are more than one message holds ({most * lanes}): split the input")
         embeddings, masks = self.embed([sentence.text for sentence in accepted])
         packed, packed_masks = [], []
         for index in range(batches):
             lane = slice(index * lanes, (index + 1) * lanes)
-            packed.append(pack_embeddings(embeddings[lane], self.packing))
-            packed_masks.append(pack_attention_mask(masks[lane], self.packing))
+            packed.append(pack_embeddings(embeddings[lane], packing))
+            packed_masks.append(pack_attention_mask(masks[lane], packing))
         secret = self._keys.secret  # symmetric encryption: less noise, and half of each ciphertext is a seed
         return EncryptedBatch(
             self.identity,
             batches,
+            packing.features,
             self.backend.serialize(self.backend.encrypt(np.stack(packed), secret)),
             self.backend.serialize(self.backend.encrypt(np.stack(packed_masks), secret)),
         )
 
-    def refresher(self, batches: int) -> Refresher:
+    def refresher(self, batches: int, packing: Packing | None = None) -> Refresher:
         """Answers the refresh requests of one inference over `batches` batches."""
-        return Refresher(self.backend, self._keys, MAX_REFRESHES_PER_BATCH * batches, widest_batch(self.model.config, self.packing))
+        config, packing = self.model.config, packing or self.packing
+        messages = -(-packing.blocks(config.hidden_size) // LARGEST_REFRESH)
+        return Refresher(self.backend, self._keys, MAX_REFRESHES_PER_BATCH * batches * messages, widest_batch(config, packing))
 
     def decrypt(self, result: EncryptedResult, sentences: Sequence[Sentence]) -> list[Sentence]:
         """The sentences with their decrypted logits; refused ones pass through. Raises the typed errors of a result that does not fit."""
         result.identity.check(self.identity, "encrypted result")
         accepted = sum(sentence.refused is None for sentence in sentences)
-        lanes = self.packing.sequences
+        packing = self._packing_of(result)
+        lanes = packing.sequences
         if result.batches != -(-accepted // lanes):
             raise CorruptFileError(f"the result holds {result.batches} batches, {accepted} sentences need {-(-accepted // lanes)}: it answers another input")
         ciphertext = self.backend.deserialize(result.logits, "ciphertext")
@@ -187,7 +226,7 @@ class Client:
         if ciphertext.batch_shape[:1] != (result.batches,):
             raise CorruptFileError(f"the result's ciphertext has shape {ciphertext.batch_shape} for {result.batches} batches: run the inference again")
         slots = self.backend.decrypt(ciphertext, self._keys.secret)
-        logits = np.concatenate([unpack_logits(batch, self.packing, self.model.config.num_labels) for batch in slots])
+        logits = np.concatenate([unpack_logits(batch, packing, self.model.config.num_labels) for batch in slots])
         if not np.isfinite(logits).all():
             raise CorruptFileError("the result decrypts to numbers that are not finite (its scale is wrong): run the inference again")
         rows = iter(logits)
@@ -200,18 +239,19 @@ class Client:
     def classify(self, server: InferenceServer, sentences: Sequence[Sentence], progress: Progress | None = None) -> InferenceResult:
         """Encrypt prepared sentences, run them on the server while answering its refresh requests, decrypt.
 
-        Large inputs go in several messages of at most 64 batches each.
+        Large inputs go in several messages of at most 128 ciphertexts, or one packed batch, each. They are packed as suits their number, and the server.
         """
-        lanes = self.packing.sequences
+        packing = self.choose(sum(sentence.refused is None for sentence in sentences), _offered(server)).packing
+        lanes, each = packing.sequences, max(1, _CIPHERTEXTS_PER_MESSAGE // (packing.blocks(self.model.config.hidden_size) + 1))
         total = -(-sum(sentence.refused is None for sentence in sentences) // lanes)
         seconds, sizes = {"encrypt": 0.0, "decrypt": 0.0}, {"ciphertext_in": 0, "ciphertext_out": 0}
         decrypted, reports = [], []
-        for index, part in enumerate(_parts(sentences, lanes * _BATCHES_PER_MESSAGE)):
+        for index, part in enumerate(_parts(sentences, lanes * each)):
             start = time.perf_counter()
-            batch = self.encrypt(part)
+            batch = self.encrypt(part, packing)
             data = batch.to_bytes()
             seconds["encrypt"] += time.perf_counter() - start
-            result = self.run(server, batch, data, _shifted(progress, index * _BATCHES_PER_MESSAGE, total))
+            result = self.run(server, batch, data, _shifted(progress, index * each, total))
             start = time.perf_counter()
             decrypted += self.decrypt(result, part)
             seconds["decrypt"] += time.perf_counter() - start
@@ -226,13 +266,18 @@ class Client:
         Raises RangeError, once the server is done, when a refreshed value was out of bounds.
         """
         batch.identity.check(self.identity, "encrypted batch")
-        refresher = self.refresher(batch.batches)
+        refresher = self.refresher(batch.batches, self._packing_of(batch))
         answer = server.infer(batch.to_bytes() if data is None else data, refresher, progress)
         refresher.check()
         result = EncryptedResult.from_bytes(answer)
-        if result.batch_id != batch.batch_id or result.batches != batch.batches:
+        if (result.batch_id, result.batches, result.features) != (batch.batch_id, batch.batches, batch.features):
             raise CorruptFileError("the server answered another batch: run the inference again")
         return result
+
+    def _packing_of(self, message: EncryptedBatch | EncryptedResult) -> Packing:
+        if message.features not in self.packings:
+            raise CorruptFileError(f"the message holds {message.features} features per ciphertext, which this model is not packed with: encrypt again")
+        return self.packings[message.features]
 
     @property
     def _keys(self) -> Keys:
@@ -260,6 +305,15 @@ class Client:
             if len(texts) == 1:
                 return [(None, str(error))]
         return [self._reference([text])[0] for text in texts]
+
+
+def _offered(server: InferenceServer) -> Collection[int] | None:
+    """The features per ciphertext that a server says it takes."""
+    describe = getattr(server, "describe", None)
+    if describe is None:
+        return None
+    offered = describe().get("features_per_ciphertext")
+    return [width for width in offered if type(width) is int] if isinstance(offered, list) else []
 
 
 def _parts(sentences: Sequence[Sentence], size: int) -> list[list[Sentence]]:

@@ -12,7 +12,9 @@ demand by demand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +30,10 @@ from hf_he.ops.placement import Levels
 from hf_he.packing import Packing
 from hf_he.tensor import EncryptedTensor
 
-__all__ = ["CountingSession", "PackingChoice", "Plan", "choose_packing", "key_sizes", "make_plan"]
+__all__ = ["CountingSession", "PackingChoice", "Plan", "choose_packing", "key_sizes", "make_plan", "make_plans", "packing_widths"]
+
+WORTH = 1.5
+"""How many times faster one feature per ciphertext must be, since it takes more memory and larger messages."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +74,36 @@ class PackingChoice:
     reason: str
 
 
-def choose_packing(model: nn.Module, parameters: CKKSParameters, tokens: int, batch: int) -> PackingChoice:
-    """One feature per ciphertext, or the hidden size (of one that is no power of two, its largest divisor that is): what is estimated faster for
-    `batch` sequences of `tokens` tokens. A packed batch costs the same whether it is full or not, which decides."""
-    config = model.config
-    widths = [config.hidden_size & -config.hidden_size]
-    if config.model_type not in DECODERS and config.attention_kernel == "gaussian_kernel":
-        widths.append(1)
-    plans, seconds, said = {}, {}, []
-    for width in widths:
-        packing = Packing.fit(parameters.slots, width, tokens)
-        runs = -(-batch // packing.sequences)
-        plan = make_plan(model, parameters, packing)
-        plans[width], seconds[width] = (packing, plan), runs * sum(plan.seconds.values())
-        said.append(f"with {width} a ciphertext {seconds[width]:.1f} s, {runs} packed batches of up to {packing.sequences} sequences")
-    best = min(seconds, key=lambda width: seconds[width])
-    reason = f"{best} features per ciphertext are faster for {batch} sequences: {'; '.join(said)}" if len(widths) > 1 else "the only packing of this model"
-    return PackingChoice(*plans[best], seconds, reason)
+def packing_widths(config: Any) -> tuple[int, ...]:
+    """Features per ciphertext that a model can be packed with, the usual one first: the hidden size (of an encoder whose is no power of two, its largest
+    divisor that is), and one, for batches of hundreds."""
+    if config.model_type in DECODERS:
+        return (config.hidden_size,)
+    widest = config.hidden_size & -config.hidden_size
+    return (widest, 1) if config.attention_kernel == "gaussian_kernel" and widest > 1 else (widest,)
+
+
+def make_plans(model: nn.Module, parameters: CKKSParameters, tokens: int) -> dict[Packing, Plan]:
+    """The plan of each packing of sequences of `tokens` tokens that the model has."""
+    packings = [Packing.fit(parameters.slots, width, tokens) for width in packing_widths(model.config)]
+    return {packing: make_plan(model, parameters, packing) for packing in packings}
+
+
+def choose_packing(plans: Mapping[Packing, Plan], batch: int) -> PackingChoice:
+    """Which of the packings of `make_plans` takes the least time for `batch` sequences. A packed batch costs the same whether it is full or not, which
+    decides; one feature per ciphertext must be WORTH times faster."""
+    seconds, said = {}, []
+    for packing, plan in plans.items():
+        runs, width = -(-batch // packing.sequences), packing.features
+        seconds[width] = runs * sum(plan.seconds.values())
+        batches = "1 packed batch" if runs == 1 else f"{runs} packed batches"
+        said.append(f"with {width} a ciphertext {seconds[width]:.1f} s, {batches} of up to {packing.sequences} sequences")
+    packing, plan = min(plans.items(), key=lambda item: seconds[item[0].features] * (WORTH if item[0].features == 1 else 1.0))
+    if len(plans) == 1:
+        return PackingChoice(packing, plan, seconds, "the only packing of this model")
+    features = "one feature per ciphertext pays" if packing.features == 1 else f"{packing.features} features per ciphertext suit"
+    rule = f"one feature must be {WORTH} times faster, since it takes more memory and larger messages"
+    return PackingChoice(packing, plan, seconds, f"{features} {batch} sequences: {'; '.join(said)} (of one core; {rule})")
 
 
 def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:

@@ -18,11 +18,14 @@ import numpy as np
 from hf_he import errors
 from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, WrongKeyError
 from hf_he.packing import Packing, ScoreLayout
+from hf_he.refresh import LARGEST_REFRESH
 from hf_he.serialization import pack, quoted, unpack
 
 BATCH_KIND = "encrypted_batch"
 RESULT_KIND = "encrypted_result"
 MAX_BATCHES = 256
+MAX_CIPHERTEXTS = 512
+"""Of one message."""
 SEQUENCE_LENGTH = 32
 EVENT_HEADER = "X-HF-HE-Event"
 SEQUENCE_HEADER = "X-HF-HE-Sequence"
@@ -80,45 +83,50 @@ class Identity:
 class EncryptedBatch:
     """Sentences on their way to the server: `batches` ciphertexts-worth of embeddings and attention masks, as backend bytes.
 
-    `embeddings` holds one ciphertext tensor [batches, hidden / c], `attention_mask` one of [batches, 1].
+    `embeddings` holds one ciphertext tensor [batches, hidden / c], `attention_mask` one of [batches, 1], with c `features` per ciphertext.
     """
 
     identity: Identity
     batches: int
+    features: int
     embeddings: bytes = field(repr=False)
     attention_mask: bytes = field(repr=False)
     batch_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def to_bytes(self) -> bytes:
         arrays = {"embeddings": as_array(self.embeddings), "attention_mask": as_array(self.attention_mask)}
-        return pack(BATCH_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, "batches": str(self.batches)})
+        numbers = {"batches": str(self.batches), "features": str(self.features)}
+        return pack(BATCH_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, **numbers})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedBatch:
         arrays, metadata = unpack(data, BATCH_KIND)
-        batches = small_number(metadata, "batches")
-        return cls(Identity.from_metadata(metadata), batches, as_bytes(arrays, "embeddings"), as_bytes(arrays, "attention_mask"), _batch_id(metadata))
+        batches, features = small_number(metadata, "batches"), _features(metadata)
+        parts = as_bytes(arrays, "embeddings"), as_bytes(arrays, "attention_mask")
+        return cls(Identity.from_metadata(metadata), batches, features, *parts, _batch_id(metadata))
 
 
 @dataclass(frozen=True)
 class EncryptedResult:
-    """Logits on their way back, one ciphertext tensor [batches, blocks], with the server's measurements (`report`, JSON-ready)."""
+    """Logits on their way back, one ciphertext tensor [batches, blocks] of `features` each, with the server's measurements (`report`, JSON-ready)."""
 
     identity: Identity
     batches: int
+    features: int
     batch_id: str
     logits: bytes = field(repr=False)
     report: dict[str, Any] = field(repr=False)
 
     def to_bytes(self) -> bytes:
         arrays = {"logits": as_array(self.logits), "report": as_array(json.dumps(self.report).encode())}
-        return pack(RESULT_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, "batches": str(self.batches)})
+        numbers = {"batches": str(self.batches), "features": str(self.features)}
+        return pack(RESULT_KIND, arrays, {**self.identity.to_metadata(), "batch_id": self.batch_id, **numbers})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedResult:
         arrays, metadata = unpack(data, RESULT_KIND)
-        batches = small_number(metadata, "batches")
-        return cls(Identity.from_metadata(metadata), batches, _batch_id(metadata), as_bytes(arrays, "logits"), read_report(arrays))
+        batches, features = small_number(metadata, "batches"), _features(metadata)
+        return cls(Identity.from_metadata(metadata), batches, features, _batch_id(metadata), as_bytes(arrays, "logits"), read_report(arrays))
 
 
 def read_report(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -150,10 +158,15 @@ def error_from_json(data: Any) -> HEError:
     return found(message) if isinstance(found, type) and issubclass(found, HEError) else HEError(message)
 
 
+def max_batches(config: Any, packing: Packing) -> int:
+    """Packed batches that one message may hold."""
+    return min(MAX_BATCHES, max(1, MAX_CIPHERTEXTS // (packing.blocks(config.hidden_size) + 1)))
+
+
 def widest_batch(config: Any, packing: Packing) -> int:
-    """Ciphertexts in the widest state that the model sends to be refreshed."""
-    widths = (config.hidden_size, config.intermediate_size)
-    return max(*map(packing.blocks, widths), ScoreLayout(packing, config.num_attention_heads).ciphertexts)
+    """Ciphertexts in the widest message that asks for a refresh of a state of the model."""
+    scores = packing.tokens if packing.features == 1 else ScoreLayout(packing, config.num_attention_heads).ciphertexts
+    return min(LARGEST_REFRESH, max(*map(packing.blocks, (config.hidden_size, config.intermediate_size)), scores))
 
 
 def _is(kind: str, value: Any) -> bool:
@@ -184,6 +197,13 @@ def small_number(metadata: dict[str, str], name: str) -> int:
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= MAX_BATCHES):
         raise CorruptFileError(f"the message's {name} must be a number from 1 to {MAX_BATCHES}: split the input into smaller files, or write it again")
+    return int(text)
+
+
+def _features(metadata: dict[str, str]) -> int:
+    text = metadata.get("features", "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 6 and int(text) >= 1):
+        raise CorruptFileError("the message does not say how many features a ciphertext holds: write it again with this version of hf_he")
     return int(text)
 
 

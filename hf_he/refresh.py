@@ -25,11 +25,15 @@ class RefreshPolicy(Protocol):
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext: ...
 
 
+LARGEST_REFRESH = 64
+"""Ciphertexts of one message to the client."""
+
+
 class ClientRefresh:
     """A round trip to the client, who decrypts and encrypts again.
 
     `callback` takes and returns serialised ciphertexts; the client sees intermediate values of its own data, the server sees nothing.
-    Every refresh is one message each way.
+    Every refresh is one message each way; of more than LARGEST_REFRESH ciphertexts one per so many, which bounds the memory of both sides.
     """
 
     lanes = 1
@@ -42,6 +46,15 @@ class ClientRefresh:
         self.bytes_received = 0
 
     def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+        if ct.count <= LARGEST_REFRESH:
+            return self._refresh(backend, ct, level)
+        flat, rows = backend.reshape(ct, (ct.count,)), []
+        for start in range(0, ct.count, LARGEST_REFRESH):
+            part = self._refresh(backend, backend.take(flat, slice(start, start + LARGEST_REFRESH)), level)
+            rows += [backend.take(part, i) for i in range(part.count)]
+        return backend.reshape(backend.stack(rows), ct.batch_shape)
+
+    def _refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
         data = backend.serialize(ct)
         answer = self.callback(data)
         self.count += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from hf_he.protocol import EVENT_HEADER, SEQUENCE_HEADER, error_from_json
 from hf_he.serialization import quoted
 
 POLL_SECONDS = 1.0
+PIECE_BYTES = 2**23
+"""Uploads larger than this are sent in pieces of it, with progress."""
+
 MAX_ANSWER_BYTES = 2**33
 _PROGRESS = {"state": str, "batch": int, "batches": int, "operations": int, "operation": str}
 _UNLIKE = "does not answer like an hf_he server of this version: check the URL"
@@ -49,7 +52,7 @@ class RemoteServer:
 
     def infer(self, data: bytes, refresh: Callable[[bytes], bytes], progress: Callable[[dict[str, Any]], None] | None = None) -> bytes:
         """Submit encrypted-batch bytes, answer refresh requests with `refresh`, and return the encrypted-result bytes."""
-        job = self._request("POST", "/jobs", content=data).json().get("id")
+        job = self._request("POST", "/jobs", content=_pieces(data, progress), headers={"Content-Length": str(len(data))}).json().get("id")
         if not isinstance(job, str) or not (job.isascii() and job.isalnum() and len(job) <= 64):
             raise HEError(f"{self.url} {_UNLIKE}")
         try:
@@ -106,6 +109,19 @@ class RemoteServer:
         if not response.is_success:
             raise error_from_json(answer.json())
         return answer
+
+
+def _pieces(data: bytes, progress: Callable[[dict[str, Any]], None] | None) -> bytes | Iterator[bytes]:
+    """`data`, or its pieces, each announced to `progress` before it is sent."""
+    if progress is None or len(data) <= PIECE_BYTES:
+        return data
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(data), PIECE_BYTES):
+            progress({"state": "sending", "bytes": start, "of_bytes": len(data)})
+            yield data[start : start + PIECE_BYTES]
+
+    return pieces()
 
 
 def connect(url: str) -> RemoteServer:

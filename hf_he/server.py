@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from hf_he.errors import CorruptFileError, ParameterError, RefreshError, SecretK
 from hf_he.keys import ServerKeys
 from hf_he.measurement import peak_memory_bytes
 from hf_he.packing import Packing
-from hf_he.planner import make_plan
-from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, widest_batch
+from hf_he.planner import make_plan, packing_widths
+from hf_he.protocol import MAX_BATCHES, SEQUENCE_LENGTH, EncryptedBatch, EncryptedResult, Identity, max_batches, widest_batch
 from hf_he.refresh import BootstrapRefresh, ClientRefresh
 from hf_he.serialization import peek
 from hf_he.tensor import EncryptedSession, EncryptedTensor
@@ -32,9 +32,10 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Work:
-    """A checked batch, ready to run: `embeddings` [batches, blocks] and `attention_mask` [batches, 1]."""
+    """A checked batch, ready to run: `embeddings` [batches, blocks] and `attention_mask` [batches, 1] with `features` per ciphertext."""
 
     batches: int
+    features: int
     batch_id: str
     embeddings: Ciphertext = field(repr=False)
     attention_mask: Ciphertext = field(repr=False)
@@ -45,7 +46,7 @@ class Server:
 
     `model` is a folder with a polynomial-mode checkpoint, `evaluation_keys` a file, its bytes, or `keys.evaluation`. Anything that is or
     holds a secret key raises SecretKeyOnServerError. Refresh policy "client" sends exhausted ciphertexts back for re-encryption; "bootstrap"
-    raises BackendUnavailableError until the backend can do it.
+    raises BackendUnavailableError until the backend can do it. Batches may be packed in any way that the keys suffice for (`sessions`).
     """
 
     tokens = SEQUENCE_LENGTH
@@ -60,7 +61,7 @@ class Server:
         self.identity = Identity(keys.backend, keys.parameters.fingerprint, fingerprint, keys.key_id)
         self.backend.load_evaluation_keys(keys.evaluation)
         config = self.model.config
-        self.packing = Packing.fit(keys.parameters.slots, config.hidden_size, self.tokens)
+        self.packing = Packing.fit(keys.parameters.slots, packing_widths(config)[0], self.tokens)
         self.session = EncryptedSession(self.backend, self.packing, policy)
         self._place()
         self._blocks = self.packing.blocks(config.hidden_size)
@@ -75,6 +76,19 @@ class Server:
     def _place(self) -> None:
         self.session.place(self.model, make_plan(self.model, self.backend.parameters, self.packing).levels)
 
+    @cached_property
+    def sessions(self) -> dict[int, EncryptedSession]:
+        """By features per ciphertext: every packing of the model whose rotations the keys cover."""
+        found = {self.packing.features: self.session}
+        keys, parameters = self.backend.evaluation_keys, self.backend.parameters
+        for width in packing_widths(self.model.config)[1:]:
+            packing = Packing.fit(parameters.slots, width, self.tokens)
+            plan = make_plan(self.model, parameters, packing)
+            if all(step in keys.rotations and keys.levels.get(step, parameters.max_level) >= level for step, level in plan.rotations.items()):
+                found[width] = EncryptedSession(self.backend, packing, self.session.refresh)
+                found[width].place(self.model, plan.levels)
+        return found
+
     def describe(self) -> dict[str, Any]:
         """What is served, JSON-ready."""
         parameters = self.backend.parameters
@@ -84,6 +98,7 @@ class Server:
             "security_bits": parameters.security_bits,
             "ring_degree": parameters.ring_degree,
             "sequences_per_batch": self.packing.sequences,
+            "features_per_ciphertext": list(self.sessions),
             "max_batches": MAX_BATCHES,
         }
 
@@ -95,12 +110,17 @@ class Server:
     @property
     def max_batch_bytes(self) -> int:
         """No valid encrypted batch is larger."""
-        return MAX_BATCHES * (self._blocks + 1) * self._ciphertext_bytes + 2**20
+        return max(self._batch_bytes(session.packing) for session in self.sessions.values())
+
+    def _batch_bytes(self, packing: Packing) -> int:
+        config = self.model.config
+        return max_batches(config, packing) * (packing.blocks(config.hidden_size) + 1) * self._ciphertext_bytes + 2**20
 
     @property
     def max_refresh_bytes(self) -> int:
         """No valid answer to a refresh request is larger."""
-        return widest_batch(self.model.config, self.packing) * self._ciphertext_bytes + 2**20
+        widest = max(widest_batch(self.model.config, session.packing) for session in self.sessions.values())
+        return widest * self._ciphertext_bytes + 2**20
 
     def progress(self) -> dict[str, Any]:
         """Where a running job is: state, batch, batches, operations done in this batch and the current kind of operation."""
@@ -115,9 +135,22 @@ class Server:
             raise SecretKeyOnServerError("a secret-key file was sent to the server: consider that key lost, and generate new keys with `hf-he keygen`")
         batch = EncryptedBatch.from_bytes(data)
         batch.identity.check(self.identity, "encrypted batch")
-        embeddings = self._ciphertext(batch.embeddings, (batch.batches, self._blocks), "embeddings")
+        self._check_packing(batch)
+        blocks = self.sessions[batch.features].packing.blocks(self.model.config.hidden_size)
+        embeddings = self._ciphertext(batch.embeddings, (batch.batches, blocks), "embeddings")
         mask = self._ciphertext(batch.attention_mask, (batch.batches, 1), "attention mask")
-        return Work(batch.batches, batch.batch_id, embeddings, mask)
+        return Work(batch.batches, batch.features, batch.batch_id, embeddings, mask)
+
+    def _check_packing(self, batch: EncryptedBatch) -> None:
+        if batch.features not in self.sessions:
+            offered = " or ".join(map(str, self.sessions))
+            raise ParameterError(
+                f"the encrypted batch is packed with {batch.features} features per ciphertext, this server and its keys take {offered}: encrypt with "
+                "--features of one of them, or generate keys again"
+            )
+        most = max_batches(self.model.config, self.sessions[batch.features].packing)
+        if batch.batches > most:
+            raise ParameterError(f"{batch.batches} packed batches of {batch.features} features per ciphertext were sent, a message holds {most}: split it")
 
     def run(self, work: Work, refresh: Refresh, progress: Progress | None = None) -> bytes:
         """Encrypted-result bytes for checked work. `refresh` takes and returns ciphertext bytes; one run at a time."""
@@ -139,7 +172,7 @@ class Server:
         start = time.perf_counter()
         logits, batch_seconds = self._forward(work, progress)
         report = self._report(time.perf_counter() - start, batch_seconds, self.session.refresh.count - before)
-        return EncryptedResult(self.identity, work.batches, work.batch_id, self.backend.serialize(logits), report).to_bytes()
+        return EncryptedResult(self.identity, work.batches, work.features, work.batch_id, self.backend.serialize(logits), report).to_bytes()
 
     def infer(self, data: bytes, refresh: Refresh, progress: Progress | None = None) -> bytes:
         """`open` and `run`: the interface that `hf_he.connect(url)` offers for a server in another process."""
@@ -159,8 +192,9 @@ class Server:
         return self.backend.stack(logits), seconds
 
     def _classify(self, work: Work, index: int) -> Ciphertext:
-        hidden = self.session.hidden_state(self.backend.take(work.embeddings, index))
-        mask = self.session.attention_mask(self.backend.take(work.attention_mask, index))
+        session = self.sessions[work.features]
+        hidden = session.hidden_state(self.backend.take(work.embeddings, index), self.model.config.hidden_size)
+        mask = session.attention_mask(self.backend.take(work.attention_mask, index))
         with torch.no_grad():
             output: EncryptedTensor = self.model(embedding_output=hidden, attention_mask=mask).logits
             return output.ciphertext

@@ -102,7 +102,7 @@ class TestInference:
         assert max(s.max_logit_error for s in decrypted) < 1e-3
 
     def test_large_inputs_go_in_several_messages(self, client, server, monkeypatch):
-        monkeypatch.setattr("hf_he.client._BATCHES_PER_MESSAGE", 1)
+        monkeypatch.setattr("hf_he.client._CIPHERTEXTS_PER_MESSAGE", 2)
         lanes = client.packing.sequences
         texts = [SENTENCES[i % len(SENTENCES)] for i in range(2 * lanes)]
         texts.insert(lanes, OUT_OF_RANGE)

@@ -7,7 +7,7 @@ from test_tensor import TOKENS, VARIANTS, calibrated, inputs, run, small_model
 from hf_he.ckks.parameters import parameter_set
 from hf_he.models.he_bert import HEBertConfig, HEBertForSequenceClassification
 from hf_he.packing import Packing
-from hf_he.planner import choose_packing, make_plan
+from hf_he.planner import WORTH, choose_packing, make_plan, make_plans
 
 
 def default_shape() -> HEBertForSequenceClassification:
@@ -67,7 +67,10 @@ def test_round_trips_of_the_default_parameters():
 
 def test_a_batch_that_fills_the_slots_is_packed_one_feature_per_ciphertext():
     parameters = parameter_set("n14")
-    few, many = (choose_packing(default_shape(), parameters, 32, batch) for batch in (2, 256))
+    plans = make_plans(default_shape(), parameters, 32)
+    few, many = (choose_packing(plans, batch) for batch in (2, 256))
     assert (few.packing.features, many.packing.features) == (128, 1)
+    even = next(batch for batch in range(1, 257) if choose_packing(plans, batch).packing.features == 1)
+    assert WORTH * many.seconds[1] <= choose_packing(plans, even).seconds[128] < WORTH * many.seconds[1] + sum(few.plan.seconds.values())
     assert many.seconds[128] / 5 > many.seconds[1] == sum(many.plan.seconds.values())
     assert "256 sequences" in many.reason and set(many.seconds) == {1, 128}

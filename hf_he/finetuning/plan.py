@@ -12,6 +12,7 @@ from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.step import MicroBatch, TrainingRun
 from hf_he.packing import Packing
 from hf_he.planner import CountingSession
+from hf_he.refresh import LARGEST_REFRESH
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class StepPlan:
     update: Part
 
     def refreshes(self, micro_batches: int) -> int:
-        """Refreshes of a step of so many micro-batches."""
-        return micro_batches * len(self.micro_batch.refreshes) + len(self.update.refreshes)
+        """Messages to the client that a step of so many micro-batches sends for refreshes."""
+
+        def messages(part: Part) -> int:
+            return sum(-(-count // LARGEST_REFRESH) for _, count in part.refreshes)
+
+        return micro_batches * messages(self.micro_batch) + messages(self.update)
 
     @property
     def widest_refresh(self) -> int:

@@ -100,6 +100,11 @@ class FinetuneServer(Server):
         return super().describe() | {"training": training, "rank": self.workers.rank, "workers": self.workers.size}
 
     @property
+    def sessions(self) -> dict[int, EncryptedSession]:
+        """Only that of the adapter, which is encrypted for one packing."""
+        return {self.packing.features: self.session}
+
+    @property
     def max_batch_bytes(self) -> int:
         """No valid message is larger."""
         return MAX_BATCHES * (self._blocks + 3) * self._ciphertext_bytes + 2**20

@@ -253,7 +253,7 @@ class GenerationServer(Server):
         result = self.backend.drop_level(result, 0)
         seconds = time.perf_counter() - start
         report = self._report(seconds, [seconds], self.session.refresh.count - before)
-        generation.answer = EncryptedResult(self.identity, 1, name, self.backend.serialize(result), report).to_bytes()
+        generation.answer = EncryptedResult(self.identity, 1, self.packing.features, name, self.backend.serialize(result), report).to_bytes()
         generation.choice = choice
 
     # ---- caches as messages ----

@@ -50,13 +50,21 @@ def choose_sentences(number: int, seed: int, text: Path | None) -> tuple[list[st
 
 
 def run_demo(
-    model: Path, backend: str, parameters: str, texts: list[str], labels: list[int] | None, refresh: str, trace: Path | None = None
+    model: Path,
+    backend: str,
+    parameters: str,
+    texts: list[str],
+    labels: list[int] | None,
+    refresh: str,
+    trace: Path | None = None,
+    features: int | None = None,
 ) -> InferenceResult:
     """keygen, encrypt, server process, infer, decrypt; key files live in a temporary folder that is removed."""
     start = time.perf_counter()
-    client = Client.from_pretrained(model, backend=backend, parameters=parameters)
+    client = Client.from_pretrained(model, backend=backend, parameters=parameters, features=features)
     sentences = client.prepare(texts, labels)
     print_notices(sentences, SEQUENCE_LENGTH)
+    say(f"packing: {client.choose(len(sentences)).reason}")
     seconds = {"compile": prepare_kernels(client.backend)}
     with tempfile.TemporaryDirectory(prefix="hf-he-demo-") as folder:
         began = time.perf_counter()
@@ -101,11 +109,12 @@ def demo(
     refresh: str | None,
     json_output: bool,
     trace: Path | None,
+    features: int | None = None,
 ) -> bool:
     """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
     texts, labels = choose_sentences(num_sentences, seed, text)
     parameters, refresh = choose_policy(backend, parameters, refresh)
-    result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace)
+    result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace, features)
     data: dict[str, Any] = result.to_json()
     if json_output:
         print_json(data)

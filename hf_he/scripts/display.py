@@ -56,6 +56,10 @@ def server_progress(progress: Progress) -> Callable[[dict[str, Any]], None]:
 
     def update(event: dict[str, Any]) -> None:
         nonlocal per_batch
+        if event.get("state") == "sending":
+            note = f"sending {event['bytes'] / 1e6:.0f} of {event['of_bytes'] / 1e6:.0f} MB"
+            progress.update(progress.task_ids[0], completed=event["bytes"], total=event["of_bytes"], note=note)
+            return
         if event.get("state") != "running":
             progress.update(progress.task_ids[0], note=event.get("state", ""))
             return

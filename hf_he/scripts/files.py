@@ -65,9 +65,9 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
         console.print(f"  {out / name}  {size / 1e6:.2f} MB  ({note})")
 
 
-def encrypt(text: Path, model: Path | None, keys: Path, out: Path) -> None:
+def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int | None = None) -> None:
     """Encrypt a text file, one sentence per line."""
-    client = Client.from_pretrained(model or default_model(), keys=keys)
+    client = Client.from_pretrained(model or default_model(), keys=keys, features=features)
     sentences = client.prepare(read_sentences(text))
     print_notices(sentences, SEQUENCE_LENGTH)
     start = time.perf_counter()
@@ -77,6 +77,7 @@ def encrypt(text: Path, model: Path | None, keys: Path, out: Path) -> None:
     notes = Notes(sentences, {"encrypt": time.perf_counter() - start}, {"ciphertext_in": len(data)})
     notes.save(keys, batch.batch_id)
     accepted = sum(sentence.refused is None for sentence in sentences)
+    say(f"packing: {client.choose(accepted).reason}")
     console.print(f"{accepted} sentences in {batch.batches} ciphertext batches: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.packing import Packing
-from hf_he.planner import Plan, choose_packing, key_sizes, make_plan
+from hf_he.planner import Plan, choose_packing, key_sizes, make_plan, make_plans
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.refresh import BootstrapRefresh
 from hf_he.scripts.display import console, print_json
@@ -21,7 +21,7 @@ def collect(model: Path | None, parameters: str, batch: int | None = None) -> di
     """Everything `hf-he plan` shows, JSON-ready. With `batch`, of the packing that suits so many sentences, and why it does."""
     classifier, chosen = load_classifier(model or default_model()), parameter_set(parameters)
     if batch is not None:
-        choice = choose_packing(classifier, chosen, SEQUENCE_LENGTH, batch)
+        choice = choose_packing(make_plans(classifier, chosen, SEQUENCE_LENGTH), batch)
         why = {"batch": batch, "seconds_by_features": {str(width): value for width, value in choice.seconds.items()}, "reason": choice.reason}
         return describe(choice.plan, chosen, choice.packing) | {"parameters": parameters, "packing": why}
     packing = Packing.fit(chosen.slots, classifier.config.hidden_size, SEQUENCE_LENGTH)

@@ -174,7 +174,7 @@ class TestMessages:
 
     def test_other_kinds_and_keys(self, model, client, server):
         with pytest.raises(CorruptFileError, match="not a message to a generation server"):
-            server.open(EncryptedResult(client.identity, 1, "0" * 16, b"", {}).to_bytes())
+            server.open(EncryptedResult(client.identity, 1, 1, "0" * 16, b"", {}).to_bytes())
         with pytest.raises(SecretKeyOnServerError):
             server.open(client.backend.serialize(client.keys.secret, allow_secret=True))
         other = GenerationClient.from_pretrained(model, backend="simulator", context=16)
