@@ -1,7 +1,7 @@
 """The simulator: plaintext values behind the HEBackend contract, with the levels, scales, overflows and noise of real CKKS.
 
 It protects nothing. A payload holds what the slots of the encoded polynomial hold, that is value * scale, and an estimate of the error;
-"encryption" adds noise from `simulated_noise`, as do key switching, rescaling and encoding, so results carry errors of the size a real
+"encryption" adds noise from `simulator_kernels`, as do key switching, rescaling and encoding, so results carry errors of the size a real
 backend gives, and a wrong scale gives wrong values here too. Levels, scales, operation counts and traces come from the base class and
 are those of every other backend.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.keys import SecretKeyBase, new_key_id
-from hf_he.backends.simulated_noise import NoiseSource, largest_magnitude
+from hf_he.backends.simulator_kernels import NoiseSource, largest_magnitude, product_sums
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
@@ -285,11 +285,9 @@ class SimulatorBackend(HEBackend):
 
     def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> Slots:
         x, y = a.payload, plain.payload
-        count, rest = a.batch_shape[0], a.batch_shape[1:]
-        values = x.values.reshape(count, -1, self.parameters.slots // plain.period, plain.period)
-        values = np.einsum("gkp,kbrp->gbrp", y.values, values, optimize=True)
-        variance = np.square(y.noise) @ np.square(_rms(x.values)).reshape(count, -1) + np.square(_rms(y.values)) @ np.square(x.noise).reshape(count, -1)
-        return self._checked(values.reshape(-1, *rest, self.parameters.slots), np.sqrt(variance).reshape(-1, *rest), a.level)
+        values, largest = product_sums(y.values, x.values)
+        variance = np.tensordot(np.square(y.noise), np.square(_rms(x.values)), axes=1) + np.tensordot(np.square(_rms(y.values)), np.square(x.noise), axes=1)
+        return self._checked(values, np.sqrt(variance), a.level, largest)
 
     def _multiply_integer(self, a: Ciphertext, value: int) -> Slots:
         return self._checked(a.payload.values * float(value), a.payload.noise * abs(float(value)), a.level)

@@ -1,4 +1,5 @@
-"""Kernels of the simulator: normal noise added in the pass that copies, rotates or sums slots, and the largest magnitude found on the way.
+"""Kernels of the simulator: normal noise added in the pass that copies, rotates or sums slots, and sums of slotwise products. All of them find the
+largest magnitude of their result on the way.
 
 Uniforms are hashes of a counter under keys drawn per block (SplitMix64); normals come from them by Box and Muller in single precision.
 Nothing here is cryptographic: the simulator protects nothing.
@@ -56,6 +57,14 @@ class NoiseSource:
 def largest_magnitude(values: np.ndarray) -> float:
     """max |value|, infinite or NaN where a value is."""
     return _magnitude(_largest(_flat(values)))
+
+
+def product_sums(plain: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:
+    """sum_k plain[g, k] * values[k], plain [g, k, period] continued over the slots of values [k, *batch, n]: [g, *batch, n], and its largest magnitude."""
+    count, period = plain.shape[1:]
+    out = np.empty((len(plain), *values.shape[1:]))
+    largest = _product_sums(np.ascontiguousarray(plain), _flat(values).reshape(count, -1, period), out.reshape(len(plain), -1, period))
+    return out, _magnitude(largest)
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
@@ -191,4 +200,26 @@ def _sum_rotated(values, steps, deviation, state, out):
             for i in range(n - step, n):
                 total[i] += source[i + step - n]
         largest = max(largest, _largest(total))
+    return largest
+
+
+@kernel
+def _product_sums(plain, values, out):
+    """out[g, r] = sum_k plain[g, k] * values[k, r], four products a pass."""
+    largest = np.int64(0)
+    groups, count, period = plain.shape
+    for r in range(values.shape[1]):
+        for g in range(groups):
+            total = out[g, r]
+            total[:] = 0
+            for k in range(0, count - 3, 4):
+                w0, w1, w2, w3 = plain[g, k], plain[g, k + 1], plain[g, k + 2], plain[g, k + 3]
+                x0, x1, x2, x3 = values[k, r], values[k + 1, r], values[k + 2, r], values[k + 3, r]
+                for p in range(period):
+                    total[p] += (w0[p] * x0[p] + w1[p] * x1[p]) + (w2[p] * x2[p] + w3[p] * x3[p])
+            for k in range(count // 4 * 4, count):
+                w0, x0 = plain[g, k], values[k, r]
+                for p in range(period):
+                    total[p] += w0[p] * x0[p]
+            largest = max(largest, _largest(total))
     return largest
