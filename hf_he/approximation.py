@@ -78,7 +78,11 @@ class InverseSquareRoot:
         return self.guess.depth + 2 * self.newton_steps
 
     def __call__(self, value: Array) -> Array:
-        return self.refine(value, self.guess(value))
+        if not getattr(value, "requires_grad", False):
+            return self.refine(value, self.guess(value))
+        fixed = value.detach()
+        inverse = self(fixed)
+        return inverse - inverse * inverse * (value - fixed)
 
     def refine(self, value: Array, estimate: Array) -> Array:
         """The Newton steps alone, from `estimate` of 1 / sqrt(`value`)."""
@@ -92,7 +96,8 @@ class InverseSquareRoot:
 class Reciprocal:
     """1 / v by Goldschmidt: a polynomial guess y, r = 1 - v y, then `steps` times y <- y (1 + r), r <- r^2. `max_error` is relative.
 
-    One level for v y and one for each step (y and r are updated side by side).
+    One level for v y and one for each step (y and r are updated side by side). Its derivative in torch is that of 1 / v, -y^2, as in the encrypted
+    backward: that of the polynomials themselves ripples by many times its size where `max_error` is a few percent.
     """
 
     guess: Polynomial
@@ -108,7 +113,11 @@ class Reciprocal:
         return self.guess.depth + 1 + self.steps if self.steps else self.guess.depth
 
     def __call__(self, value: Array) -> Array:
-        return self.refine(value, self.guess(value))
+        if not getattr(value, "requires_grad", False):
+            return self.refine(value, self.guess(value))
+        fixed = value.detach()
+        inverse = self(fixed)
+        return inverse - inverse * inverse * (value - fixed)
 
     def refine(self, value: Array, estimate: Array) -> Array:
         """The Goldschmidt steps alone, from `estimate` of 1 / `value`."""

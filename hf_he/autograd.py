@@ -10,19 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from hf_he.approximation import InverseSquareRoot, KernelExponential, Polynomial
+from hf_he.approximation import InverseSquareRoot, Polynomial
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import UnsupportedEncryptedOperation
-from hf_he.ops import activation, arithmetic, attention_gradient, norm, norm_gradient, reduce, weights
+from hf_he.ops import activation, arithmetic, norm, norm_gradient, reduce, weights
+from hf_he.ops.attention_gradient import GaussianKernel
 from hf_he.ops.context import OperationContext
+from hf_he.ops.gathered import Gathered
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand, together
-from hf_he.ops.placement import ActivationLevels, AttentionLevels, NormLevels
+from hf_he.ops.placement import ActivationLevels, NormLevels
+from hf_he.ops.power_softmax_gradient import PowerKernel
+from hf_he.ops.rotary import Rotation, WaitingRotary
 from hf_he.tensor import BIAS, HEADS, KEPT, LOSS, SPLIT, WEIGHT, EncryptedTensor, Labels, state_tensor
 
 Gradient = EncryptedTensor | None
+Kernel = GaussianKernel | PowerKernel
 
 
 class Kept(Operand):
@@ -83,6 +89,8 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        if isinstance(gradient.operand, Gathered):
+            return state_tensor(gradient.operand.transposed(ctx.weight)), None
         weight = gradient.session.derived(ctx.weight, "transposed", lambda w: w.detach().T)
         return state_tensor(WaitingLinear(gradient.operand, weight, None)), None
 
@@ -104,21 +112,25 @@ class EncryptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, Gradient]:
         (out_features, in_features), (saved, weight) = ctx.shape, _saved(ctx)
-        dx = dw = None
+        dx = dw = gathered = None
+        level, vectors = weights.GRADIENT_LEVEL, weight.operand
         if weights.orientation(ctx.shape) == "rows":
             numbers, state, n = weights.Spread(gradient.operand), saved.operand, out_features
             if ctx.needs_input_grad[0]:
-                dx = weights.WaitingColumns(numbers, weight.operand, in_features)
+                dx = weights.WaitingColumns(numbers, vectors, in_features)
         else:
             numbers, state, n = saved.operand.value, gradient.operand, in_features
+            if isinstance(state, Gathered):
+                gathered, level = state, level + 1
+                state = gathered.joined
             if ctx.needs_input_grad[0]:
-                dx = weights.WaitingRows(state, weight.operand, n)
+                dx = weights.WaitingRows(state, vectors if gathered is None else gathered.columns(vectors, n), n)
         if ctx.needs_input_grad[1]:
             if isinstance(dx, weights.WaitingRows):
                 state.prepare(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
                 state.at_least(weights.GRADIENT_LEVEL + weights.ROWS_DEPTH)
-            product = weights.vector_gradient(numbers, state, n, in_features)
-            dw = EncryptedTensor(product, ctx.shape, WEIGHT)
+            product = weights.vector_gradient(numbers, state, n, in_features, level)
+            dw = EncryptedTensor(product if gathered is None else gathered.moved_back(product, n), ctx.shape, WEIGHT)
         return None if dx is None else state_tensor(dx), dw
 
 
@@ -272,45 +284,53 @@ class Reshape(torch.autograd.Function):
         return EncryptedTensor(gradient.operand, *ctx.source), None, None
 
 
+class Select(torch.autograd.Function):
+    """The features `rows` of heads, as a tensor of `shape` [B, heads, T, head_dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, rows: np.ndarray, shape: tuple[int, ...]) -> EncryptedTensor:
+        ctx.rows, ctx.source, ctx.features = rows, (tuple(x.shape), x.kind), x.operand.features
+        return EncryptedTensor(x.operand.select(rows), shape, HEADS)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None, None]:
+        return EncryptedTensor(Gathered([gradient.operand], [ctx.rows], ctx.features), *ctx.source), None, None
+
+
+class Rotary(torch.autograd.Function):
+    """Rotary position embedding of heads; its gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: EncryptedTensor, rotation: Rotation) -> EncryptedTensor:
+        ctx.rotation = rotation
+        return EncryptedTensor(WaitingRotary(x.operand, rotation), tuple(x.shape), HEADS)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
+        return EncryptedTensor(WaitingRotary(gradient.operand, ctx.rotation.transposed), tuple(gradient.shape), HEADS), None
+
+
 class Attention(torch.autograd.Function):
-    """Gaussian-kernel attention of queries, keys and values [B, heads, T, head_dim]; see hf_he.ops.attention_gradient."""
+    """Attention of queries, keys and values [B, heads, T, head_dim] by the `kernel`, hf_he.ops.attention_gradient's or
+    hf_he.ops.power_softmax_gradient's."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: EncryptedTensor,
-        key: EncryptedTensor,
-        value: EncryptedTensor,
-        mask: EncryptedTensor | None,
-        scaling: float,
-        approximation: KernelExponential,
-        levels: AttentionLevels | None,
+        ctx: Any, query: EncryptedTensor, key: EncryptedTensor, value: EncryptedTensor, mask: EncryptedTensor | None, kernel: Kernel
     ) -> EncryptedTensor:
         context, (batch, heads, tokens, head_dim) = query.session, query.shape
-        out, saved = attention_gradient.forward(
-            context,
-            query.operand,
-            key.operand,
-            value.operand,
-            None if mask is None else mask.ciphertext,
-            heads,
-            scaling,
-            approximation,
-            levels or attention_gradient.training_levels(context, approximation.squarings),
-            context.activations,
-        )
-        ctx.output = attention_gradient.output_level(context, approximation.squarings)
+        out, saved = kernel.forward(context, query.operand, key.operand, value.operand, None if mask is None else mask.ciphertext)
+        ctx.kernel = kernel
         ctx.save_for_backward(kept(context, saved))
-        return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT)
+        return EncryptedTensor(out, (batch, tokens, heads, head_dim), SPLIT)
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, ...]:
         (saved,) = _saved(ctx)
         batch, tokens, heads, head_dim = gradient.shape
-        needs = ctx.needs_input_grad[:3]
-        found = together(attention_gradient.backward(gradient.session, saved.operand.value, gradient.operand, needs, ctx.output))
+        found = together(ctx.kernel.backward(gradient.session, saved.operand.value, gradient.operand, ctx.needs_input_grad[:3]))
         shape = (batch, heads, tokens, head_dim)
-        return (*(None if operand is None else EncryptedTensor(operand, shape, HEADS) for operand in found), None, None, None, None)
+        return (*(None if operand is None else EncryptedTensor(operand, shape, HEADS) for operand in found), None, None)
 
 
 class Loss(torch.autograd.Function):

@@ -14,7 +14,9 @@ from hf_he.attention import gaussian_kernel_attention, power_softmax_attention
 from hf_he.backends.base import Ciphertext
 from hf_he.handlers import cached
 from hf_he.ops import attention, feature_major_attention, power_softmax
+from hf_he.ops.attention_gradient import GaussianKernel
 from hf_he.ops.operand import Operand
+from hf_he.ops.power_softmax_gradient import PowerKernel
 from hf_he.tensor import HEADS, MASK, SPLIT, EncryptedTensor, handler, unsupported
 
 
@@ -35,14 +37,14 @@ def _attention(
         raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
     if cached.is_cached(key):
         return cached.attend(name, module, query, key, value, scaling, approximation)
-    operands, mask = attention_operands(name, module, query, key, value, attention_mask, dropout)
+    (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
+    operands = (query.operand, key.operand, value.operand)
     batch, heads, tokens, head_dim = query.shape
     context, causal = query.session, getattr(module, "is_causal", False)
     scaling = head_dim**-0.5 if scaling is None else scaling
-    if not causal and any(tensor.requires_grad for tensor in (query, key, value)):
-        if context.packing.features == 1:
-            raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
-        return autograd.call(autograd.Attention, query, key, value, attention_mask, scaling, approximation, context.levels(module)), None
+    if trained:
+        kernel = GaussianKernel(heads, scaling, approximation, context.levels(module), causal)
+        return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
     levels = context.levels(module) or attention.default_levels(context, approximation.squarings, causal)
     form = feature_major_attention if context.packing.features == 1 else attention
     out = form.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
@@ -66,11 +68,15 @@ def _power_softmax(
         raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
     if cached.is_cached(key):
         return cached.attend(name, module, query, key, value, scaling, approximation, power_softmax_form(module.config))
-    operands, mask = attention_operands(name, module, query, key, value, attention_mask, dropout)
+    (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
+    operands = (query.operand, key.operand, value.operand)
     batch, heads, tokens, head_dim = query.shape
     context, form = query.session, power_softmax_form(module.config)
     scaling = head_dim**-0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", False)
+    if trained:
+        kernel = PowerKernel(heads, scaling, form, approximation, context.levels(module), causal)
+        return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
     out = power_softmax.encrypted(context, *operands, mask, heads, scaling, form, approximation, causal, context.levels(module))
     return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
 
@@ -87,9 +93,9 @@ def power_softmax_form(config: Any) -> power_softmax.PowerSoftmax:
 
 
 def attention_operands(
-    name: Callable, module: torch.nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float
-) -> tuple[tuple[Operand, Operand, Operand], Ciphertext | None]:
-    """The operands of query, key and value, grouped keys and values repeated by their projections, and the mask's ciphertext."""
+    name: Callable, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float
+) -> tuple[tuple[EncryptedTensor, EncryptedTensor, EncryptedTensor], Ciphertext | None, bool]:
+    """Query, key and value, grouped keys and values repeated by their projections; the mask's ciphertext; whether somebody will differentiate."""
     if dropout:
         raise unsupported(name, " while training: set the model's dropout probabilities to 0, or call model.eval()")
     for tensor in (query, key, value):
@@ -97,14 +103,17 @@ def attention_operands(
             raise unsupported(name, " of anything but encrypted queries, keys and values [B, heads, T, head_dim]")
     if attention_mask is not None and (not isinstance(attention_mask, EncryptedTensor) or attention_mask.kind != MASK):
         raise unsupported(name, " with a plaintext mask: make it with session.attention_mask(ciphertext)")
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if trained and query.session.packing.features == 1:
+        raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
     mask = None if attention_mask is None else attention_mask.ciphertext
-    return (query.operand, _repeated(key, query.shape[1]), _repeated(value, query.shape[1])), mask
+    return (query, _repeated(key, query.shape[1]), _repeated(value, query.shape[1])), mask, trained
 
 
-def _repeated(tensor: EncryptedTensor, heads: int) -> Operand:
+def _repeated(tensor: EncryptedTensor, heads: int) -> EncryptedTensor:
     """Each head of `tensor` for heads / its own heads queries."""
-    _, own, _, head_dim = tensor.shape
+    batch, own, tokens, head_dim = tensor.shape
     if own == heads:
-        return tensor.operand
+        return tensor
     rows = np.repeat(np.arange(own * head_dim).reshape(own, head_dim), heads // own, axis=0)
-    return tensor.operand.select(rows.reshape(-1))
+    return autograd.call(autograd.Select, tensor, rows.reshape(-1), (batch, heads, tokens, head_dim))

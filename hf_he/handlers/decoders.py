@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicCache
 
+from hf_he import autograd
 from hf_he import nn as he_nn
 from hf_he.attention import causal_keep_mask
 from hf_he.errors import ShapeError
-from hf_he.ops import norm
-from hf_he.ops.rotary import Rotation, WaitingRotary
-from hf_he.tensor import HEADS, MASK, EncryptedTensor, handler, state_operand, state_tensor, unsupported
+from hf_he.ops.rotary import Rotation
+from hf_he.tensor import HEADS, MASK, EncryptedTensor, handler, state_operand, unsupported
 
 
 @handler(he_nn.rms_norm)
@@ -21,15 +21,15 @@ def _rms_norm(hidden_states: Any, module: he_nn.HERMSNorm) -> EncryptedTensor:
     operand = state_operand(hidden_states, he_nn.rms_norm)
     if module.approximation is None:
         raise unsupported(he_nn.rms_norm, " in exact mode: call model.set_mode('polynomial') first")
-    levels = operand.context.levels(module)
-    return state_tensor(norm.WaitingNorm(operand, module.weight, None, module.eps, module.approximation, levels, centre=False))
+    layer = (module.weight, None, module.eps, module.approximation, operand.context.levels(module), False)
+    return autograd.call(autograd.Norm, hidden_states, layer)
 
 
 @handler(he_nn.apply_rotary)
 def _apply_rotary(states: Any, cos: torch.Tensor, sin: torch.Tensor) -> EncryptedTensor:
     if not isinstance(states, EncryptedTensor) or states.kind != HEADS:
         raise unsupported(he_nn.apply_rotary, " of anything but encrypted heads [B, heads, T, head_dim] at public positions")
-    return EncryptedTensor(WaitingRotary(states.operand, Rotation.of(cos, sin, states.shape[-1])), tuple(states.shape), HEADS)
+    return autograd.call(autograd.Rotary, states, Rotation.of(cos, sin, states.shape[-1]))
 
 
 @handler(torch.Tensor.chunk, torch.chunk)
@@ -40,8 +40,8 @@ def _chunk(tensor: EncryptedTensor, chunks: int, dim: int = 0) -> tuple[Encrypte
     if width % chunks:
         raise ShapeError(f"heads of {width} features cannot be cut into {chunks} equal parts")
     rows = np.arange(heads * width).reshape(heads, chunks, width // chunks)
-    parts = (tensor.operand.select(np.ascontiguousarray(rows[:, i]).reshape(-1)) for i in range(chunks))
-    return tuple(EncryptedTensor(part, (batch, heads, tokens, width // chunks), HEADS) for part in parts)
+    shape = (batch, heads, tokens, width // chunks)
+    return tuple(autograd.call(autograd.Select, tensor, np.ascontiguousarray(rows[:, i]).reshape(-1), shape) for i in range(chunks))
 
 
 @handler(causal_keep_mask)

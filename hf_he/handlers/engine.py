@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_he.ops.arithmetic import WaitingSum
+from hf_he.ops.gathered import Gathered
 from hf_he.ops.operand import Operand
 from hf_he.ops.weights import WeightGradient
 from hf_he.tensor import LOSS, EncryptedTensor, handler, unsupported
@@ -51,4 +52,4 @@ def _accumulate_in_place(a: EncryptedTensor, b: EncryptedTensor) -> EncryptedTen
 
 
 def _sum(a: Operand, b: Operand) -> Operand:
-    return a.plus(b) if isinstance(a, WeightGradient) else WaitingSum(a, b)
+    return a.plus(b) if isinstance(a, WeightGradient | Gathered) and isinstance(b, WeightGradient | Gathered) else WaitingSum(a, b)

@@ -33,7 +33,7 @@ class WaitingSum(Operand):
         if self._summands is None:
             return super().select(rows)
         a, b = self._summands
-        return WaitingSum(a.select(rows), b.select(rows))
+        return type(self)(a.select(rows), b.select(rows))
 
     def at_least(self, level: int) -> Ciphertext:
         if self._summands is not None:

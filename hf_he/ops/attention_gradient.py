@@ -78,7 +78,7 @@ def forward(
     levels: AttentionLevels = TRAINING_LEVELS,
     policy: Policy = "recompute",
     causal: bool = False,
-) -> tuple[Ciphertext, tuple[Saved, ...]]:
+) -> tuple[Operand, tuple[Saved, ...]]:
     """`attention.encrypted`, and what `backward` needs, by feature block.
 
     "recompute" saves the scores and squares again in the backward: no more work here, and one refresh of two narrow ciphertexts there, if the
@@ -97,7 +97,26 @@ def forward(
                 weights = attention.kernel(context, scores, approximation.squarings, levels.value + 1)
             outputs.append(attention.weighted_sum(context, prepared.layout, weights, prepared.rotated_v))
         saved.append(Saved(own, scaling, approximation, policy, mask, prepared.q, prepared.k, prepared.v, scores))
-    return attention.joined(context, outputs), tuple(saved)
+    return Operand(context, query.features, attention.joined(context, outputs)), tuple(saved)
+
+
+@dataclass(frozen=True)
+class GaussianKernel:
+    """Forward and backward of one attention module; `levels` as planned, or None."""
+
+    heads: int
+    scaling: float
+    approximation: KernelExponential
+    levels: AttentionLevels | None = None
+    causal: bool = False
+
+    def forward(self, context: Any, query: Operand, key: Operand, value: Operand, mask: Ciphertext | None) -> tuple[Operand, tuple[Saved, ...]]:
+        levels = self.levels or training_levels(context, self.approximation.squarings)
+        policy = context.activations
+        return forward(context, query, key, value, mask, self.heads, self.scaling, self.approximation, levels, policy, self.causal)
+
+    def backward(self, context: OperationContext, saved: Sequence[Saved], gradient: Operand, needs: tuple[bool, bool, bool]) -> Gradients:
+        return backward(context, saved, gradient, needs, output_level(context, self.approximation.squarings))
 
 
 def backward(

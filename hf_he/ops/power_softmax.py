@@ -16,8 +16,8 @@ check it before use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ import torch
 from hf_he.approximation import Polynomial, Reciprocal
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import ShapeError
-from hf_he.ops import attention, reduce
+from hf_he.ops import attention
 from hf_he.ops.context import OperationContext
 from hf_he.ops.goldschmidt import evaluate_reciprocal
+from hf_he.ops.normalised import dot_products, row_rotations, row_sums
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
 from hf_he.ops.score_masks import causal_pairs, placed, placed_by_baby
@@ -37,13 +38,15 @@ from hf_he.packing import Packing, ScoreLayout
 @dataclass(frozen=True)
 class PowerSoftmax:
     """x^power / (eps + sum x^power) with x = score + shift. `length_agnostic`: eps is added to the mean over the valid keys of each row.
-    `divisor`: a constant instead of eps + sum (times the number of valid keys, if length-agnostic)."""
+    `divisor`: a constant instead of eps + sum (times the number of valid keys, if length-agnostic). `distances`: scores are
+    -scaling / (2 power) ||q - k||^2 instead of scaling q . k, which with shift 1 makes x^power the Gaussian kernel's (1 + s / 2^k)^(2^k)."""
 
     power: int
     eps: float
     shift: float = 0.0
     divisor: float | None = None
     length_agnostic: bool = False
+    distances: bool = False
 
     @property
     def counts(self) -> bool:
@@ -54,6 +57,10 @@ class PowerSoftmax:
     def depth(self) -> int:
         """Levels of the power."""
         return (self.power - 1).bit_length()
+
+    def factor(self, scaling: float) -> float:
+        """Of q . k, or of ||q - k||^2."""
+        return -0.5 * scaling / self.power if self.distances else scaling
 
     def gain(self, approximation: Reciprocal | Polynomial) -> float:
         """What multiplies the powers: 1 / divisor, or the slope that maps the reciprocal's interval to [-1, 1]."""
@@ -77,7 +84,8 @@ def reference(
     approximation: Reciprocal | Polynomial,
 ) -> torch.Tensor:
     """[B, heads, T, head_dim] each, keep [B, 1, T, T] of 0/1 -> [B, T, heads, head_dim]."""
-    powers = ((query @ key.transpose(-1, -2) * scaling + form.shift) * keep) ** form.power
+    products = (query.unsqueeze(-2) - key.unsqueeze(-3)).square().sum(-1) if form.distances else query @ key.transpose(-1, -2)
+    powers = ((products * form.factor(scaling) + form.shift) * keep) ** form.power
     count = keep.sum(-1, keepdim=True).clamp(min=1.0)
     if form.divisor is not None:
         weights = powers / (form.divisor * count if form.length_agnostic else form.divisor)
@@ -110,44 +118,68 @@ def encrypted(
 
     Raises ShapeError for widths that are no whole blocks, and for eps on the sum of rows whose number of valid keys is encrypted.
     """
-    if mask is not None and not causal and form.divisor is None and not form.length_agnostic:
-        raise ShapeError("eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True, or pass no mask")
+    heads = attention.block_heads(query, heads)
     levels = levels or form.default_levels(causal or mask is not None)
-    own = replace(levels, value=levels.value - 1)
-    layout = ScoreLayout(context.packing, attention.block_heads(query, heads))
-    factors = _Factors(context, layout, form, approximation, mask, causal)
-    blocks = attention.by_block(query, key, value, own)
-    return attention.joined(context, [_block(context, layout, *attention.project(*operands, own), scaling, factors, levels) for operands in blocks])
+    factors, outputs = Factors(context, ScoreLayout(context.packing, heads), form, approximation, mask, causal), []
+    for operands in by_block(query, key, value, levels):
+        prepared = prepare(context, *operands, heads, scaling, factors, levels)
+        with context.backend.log.measure("attention"), context.backend.log.measure("kernel"):
+            powers = power(context, prepared.x, form.power)
+        outputs.append(attended(context, prepared, powers, levels.value)[0])
+    return attention.joined(context, outputs)
 
 
-def _block(
-    context: OperationContext,
-    layout: ScoreLayout,
-    q: Ciphertext,
-    k: Ciphertext,
-    v: Ciphertext,
-    scaling: float,
-    factors: _Factors,
-    levels: AttentionLevels,
-) -> Ciphertext:
-    """One feature block, [1]."""
-    backend, form = context.backend, factors.form
+class Prepared(NamedTuple):
+    """What powers and weighted sum of one feature block are made of: q, k and v unbatched, rotated_v [babies], x [score ciphertexts]."""
+
+    layout: ScoreLayout
+    factors: Factors
+    q: Ciphertext
+    k: Ciphertext
+    v: Ciphertext
+    rotated_v: Ciphertext
+    x: Ciphertext
+
+
+def prepare(
+    context: OperationContext, query: Operand, key: Operand, value: Operand, heads: int, scaling: float, factors: Factors, levels: AttentionLevels
+) -> Prepared:
+    """Everything up to x, which is refreshed where levels for its powers are missing."""
+    backend, form, layout = context.backend, factors.form, ScoreLayout(context.packing, heads)
+    q, k, v = attention.project(query, key, value, _own(levels))
     with backend.log.measure("attention"):
         rotated_k = backend.rotate(k, attention.baby_steps(layout))
         rotated_v = backend.rotate(v, attention.baby_steps(layout))
-        scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling * factors.uniform)
+        products = attention.squared_differences if form.distances else dot_products
+        scores = attention.collect(context, layout, products(context, layout, q, rotated_k), form.factor(scaling) * factors.uniform)
         with backend.log.measure("kernel"):
             wanted = form.depth + levels.value + 1
-            x = factors.apply(scores, wanted)
-            x = context.ensure_level(x, wanted if wanted <= context.top else form.depth)
-            powers = power(context, x, form.power)
-            weights = context.ensure_level(powers, levels.value + 1)
+            x = factors.shifted(scores, wanted)
+            return Prepared(layout, factors, q, k, v, rotated_v, context.ensure_level(x, wanted if wanted <= context.top else form.depth))
+
+
+def by_block(query: Operand, key: Operand, value: Operand, levels: AttentionLevels) -> list[tuple[Operand, Operand, Operand]]:
+    """`attention.by_block`; `value` is the level of the values, where the reciprocal takes one after them."""
+    return attention.by_block(query, key, value, _own(levels))
+
+
+def _own(levels: AttentionLevels) -> AttentionLevels:
+    return replace(levels, value=levels.value - 1)
+
+
+def attended(context: OperationContext, prepared: Prepared, powers: Ciphertext, level: int) -> tuple[Ciphertext, Ciphertext | None]:
+    """Weighted sum of the values [1] by `powers`, which meet them at `level`, times the reciprocal of their rows, and that reciprocal."""
+    backend, layout, factors = context.backend, prepared.layout, prepared.factors
+    form = factors.form
+    with backend.log.measure("attention"):
+        with backend.log.measure("kernel"):
+            weights = context.ensure_level(powers, level + 1)
             inverse = None
             if form.divisor is None:
                 mapped = _mapped_row_sums(context, layout, context.ensure_level(powers, 1), form, factors.approximation, factors.counts)
-                inverse = evaluate_reciprocal(context, mapped, factors.approximation, levels.value - 1)
-        out = attention.weighted_sum(context, layout, weights, rotated_v)
-        return out if inverse is None else context.product(out, backend.match_level(inverse, out.level))
+                inverse = evaluate_reciprocal(context, mapped, factors.approximation, level - 1)
+        out = attention.weighted_sum(context, layout, weights, prepared.rotated_v)
+        return out if inverse is None else context.product(out, backend.match_level(inverse, out.level)), inverse
 
 
 def power(context: OperationContext, x: Ciphertext, exponent: int) -> Ciphertext:
@@ -162,8 +194,11 @@ def power(context: OperationContext, x: Ciphertext, exponent: int) -> Ciphertext
         x = context.square(x)
 
 
-class _Factors:
-    """What scores are multiplied by, m_ij (g / n_i)^(1 / p): `uniform` goes with their scaling, the rest is one multiplication, if any."""
+class Factors:
+    """What scores are multiplied by, m_ij (g / n_i)^(1 / p): `uniform` goes with their scaling, the rest is one multiplication, if any (`masked`).
+
+    Raises ShapeError for eps on the sum of rows whose number of valid keys is encrypted.
+    """
 
     def __init__(
         self,
@@ -174,9 +209,12 @@ class _Factors:
         mask: Ciphertext | None,
         causal: bool,
     ) -> None:
+        if mask is not None and not causal and form.divisor is None and not form.length_agnostic:
+            raise ShapeError("eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True, or pass no mask")
         tokens = layout.packing.tokens
         self._context, self._layout, self._mask, self._causal = context, layout, mask, causal
         self.form, self.approximation = form, approximation
+        self.masked = causal or mask is not None
         self.counts = np.ones(tokens)
         if form.counts and causal:
             self.counts = np.arange(1.0, tokens + 1.0)
@@ -185,12 +223,16 @@ class _Factors:
         self._shares = (self.counts[0] / self.counts) ** (1.0 / form.power)
         self.uniform = (form.gain(approximation) / self.counts[0]) ** (1.0 / form.power)
 
-    def apply(self, scores: Ciphertext, wanted: int) -> Ciphertext:
-        """(scores + shift) under the mask; one level, unless there is no mask. Refreshed before that when no level is left."""
-        context, backend = self._context, self._context.backend
+    def shifted(self, scores: Ciphertext, wanted: int) -> Ciphertext:
+        """`applied` to scores + shift."""
         if self.form.shift:
-            scores = backend.add_scalar(scores, self.form.shift * self.uniform)
-        if self._mask is None and not self._causal:
+            scores = self._context.backend.add_scalar(scores, self.form.shift * self.uniform)
+        return self.applied(scores, wanted)
+
+    def applied(self, scores: Ciphertext, wanted: int) -> Ciphertext:
+        """Scores under the mask, one level, unless there is none. Refreshed before that when no level is left, to `wanted` after it if there are as many."""
+        context, backend = self._context, self._context.backend
+        if not self.masked:
             return scores
         if scores.level < 1:
             scores = context.ensure_level(scores, min(wanted + 1, context.top))
@@ -200,6 +242,7 @@ class _Factors:
         tag = ("row factors", layout, self._causal, self.form.counts, self.form.power)
         if self._mask is None:
             return context.multiply_constant(scores, tag, lambda: placed(layout, pairs))
+        scores = backend.match_level(scores, min(scores.level, context.top - 1))
         mask = backend.drop_level(context.ensure_level(backend.take(self._mask, 0), scores.level + 1), scores.level + 1)
         rotated = backend.rotate(mask, attention.baby_steps(layout))
         plain = context.constant(
@@ -208,27 +251,12 @@ class _Factors:
         return context.product(scores, backend.rescale(backend.multiply_plain_sum(plain, rotated)))
 
 
-def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:
-    backend = context.backend
-    rotated_q = backend.rotate(q, attention.giant_steps(layout, -1))
-    for g in range(layout.giants):
-        yield backend.multiply(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
-
-
 def _mapped_row_sums(
     context: OperationContext, layout: ScoreLayout, powers: Ciphertext, form: PowerSoftmax, approximation: Reciprocal, counts: np.ndarray
 ) -> Ciphertext:
-    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `powers`; unbatched.
-
-    Sums over the babies of each window, over windows together with the lanes they lag behind by, over the ciphertexts, then from the first
-    feature of a head to the others.
-    """
+    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `powers`; unbatched."""
     backend, packing = context.backend, context.packing
-    for step in (*reversed(reduce.power_steps(1, layout.babies)), *_window_lane_steps(layout)):
-        powers = reduce.rotate_and_add(context, powers, step)
-    total = backend.sum_rotated(powers, _ciphertext_steps(layout))
-    total = context.multiply_constant(total, ("first of head", layout.head_dim), lambda: reduce.first_of(layout.head_dim))
-    total = reduce.replicate_features(context, total, layout.head_dim)
+    total = row_sums(context, layout, powers)
     low, high = approximation.interval
     middle = (high + low) / (high - low)
     if form.length_agnostic or np.ptp(counts) == 0.0:
@@ -238,21 +266,8 @@ def _mapped_row_sums(
     return backend.add_plain(total, context.constant(("row eps", form, approximation.interval), total.level, total.scale, lambda: shifts))
 
 
-def _window_lane_steps(layout: ScoreLayout) -> list[int]:
-    """Steps whose rotate-and-add sums the windows of a ciphertext, each from the lanes it is late by."""
-    stride = layout.babies * (layout.packing.token_stride + 1)
-    return [stride * count for count in reduce.power_steps(1, min(layout.windows, layout.giants))]
-
-
-def _ciphertext_steps(layout: ScoreLayout) -> list[int]:
-    return [s * layout.head_dim * layout.packing.token_stride for s in range(layout.ciphertexts)]
-
-
 def rotations(packing: Packing, heads: int, divisor: bool = False) -> set[int]:
     """Rotation steps of `encrypted`, projections not included; `divisor`: constant, no row sums."""
     layout = ScoreLayout(packing, heads)
-    steps = attention.rotations(packing, heads)
-    if not divisor:
-        widths = reduce.power_steps(1, layout.head_dim)
-        steps |= {*reduce.power_steps(1, layout.babies), *(-width for width in widths), *_window_lane_steps(layout), *_ciphertext_steps(layout)}
+    steps = attention.rotations(packing, heads) | (set() if divisor else row_rotations(layout))
     return {step % packing.slots for step in steps} - {0}

@@ -8,7 +8,7 @@ queries and of keys, and could not be done for a projection with encrypted low-r
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -43,6 +43,11 @@ class Rotation:
     def steps(self) -> list[int]:
         """Rotations of the three summands: x, x from the second half to the first, and back."""
         return [0, self.half, -self.half]
+
+    @property
+    def transposed(self) -> Rotation:
+        """The transposed map, for gradients: the halves of sin change places and sign."""
+        return replace(self, sin=-np.roll(self.sin, self.half, axis=-1))
 
     @cached_property
     def tag(self) -> tuple[str, int, str]:

@@ -19,12 +19,22 @@ def placed(layout: ScoreLayout, pairs: np.ndarray) -> np.ndarray:
 
 def placed_by_baby(layout: ScoreLayout, pairs: np.ndarray) -> np.ndarray:
     """`placed`, apart by baby step: [babies, score ciphertexts, slots]. Entry a goes with keys a tokens after their lane."""
+    return _entries(layout, pairs).sum(0)
+
+
+def placed_by_giant(layout: ScoreLayout, pairs: np.ndarray) -> np.ndarray:
+    """`placed`, apart by giant step: [giants, score ciphertexts, slots]. Entry g goes with queries g * babies tokens before their lane."""
+    return _entries(layout, pairs).sum(1)
+
+
+def _entries(layout: ScoreLayout, pairs: np.ndarray) -> np.ndarray:
+    """[giants, babies, score ciphertexts, slots]"""
     packing, b = layout.packing, layout.babies
     lanes = np.arange(packing.tokens)
-    values = np.zeros((b, layout.ciphertexts, packing.tokens, 1, 1, layout.head_dim))
+    values = np.zeros((layout.giants, b, layout.ciphertexts, packing.tokens, 1, 1, layout.head_dim))
     for g in range(layout.giants):
         for a in range(b):
             feature = layout.window(g) * b + a
-            values[a, layout.ciphertext(g), :, 0, 0, feature] = pairs[(lanes - g * b) % packing.tokens, (lanes + a) % packing.tokens]
-    shape = (b, layout.ciphertexts, packing.tokens, packing.sequences, layout.heads, layout.head_dim)
-    return np.broadcast_to(values, shape).reshape(b, layout.ciphertexts, packing.slots)
+            values[g, a, layout.ciphertext(g), :, 0, 0, feature] = pairs[(lanes - g * b) % packing.tokens, (lanes + a) % packing.tokens]
+    shape = (layout.giants, b, layout.ciphertexts, packing.tokens, packing.sequences, layout.heads, layout.head_dim)
+    return np.broadcast_to(values, shape).reshape(*shape[:3], packing.slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 
@@ -28,11 +29,21 @@ def reference(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def encrypted(context: OperationContext, vectors: Ciphertext, n: int, rows: np.ndarray) -> Ciphertext:
     """[n * blocks] -> [n * blocks of the selection]: a mask for every distance that entries move, rotated there by powers of two."""
+    return _moved(context, vectors, n, enumerate(rows.tolist()), len(rows), ("rows", rows.tobytes()))
+
+
+def put_back(context: OperationContext, vectors: Ciphertext, n: int, rows: np.ndarray, features: int) -> Ciphertext:
+    """The transposed selection, for gradients: entry i of each of n selected vectors goes to `rows[i]` of `features`, where several add up. One level."""
+    return _moved(context, vectors, n, ((row, i) for i, row in enumerate(rows.tolist())), features, ("put back", rows.tobytes(), features))
+
+
+def _moved(context: OperationContext, vectors: Ciphertext, n: int, pairs: Iterable[tuple[int, int]], features: int, tag: tuple[Hashable, ...]) -> Ciphertext:
+    """Vectors of `features` entries that are sums of entries of `vectors`, by pairs (target, source)."""
     backend, c = context.backend, context.packing.features
     per_vector = vectors.count // n
-    out_blocks = context.packing.blocks(len(rows))
+    out_blocks = context.packing.blocks(features)
     moves: dict[tuple[int, int], np.ndarray] = defaultdict(lambda: np.zeros((out_blocks, c)))
-    for target, source in enumerate(rows.tolist()):
+    for target, source in pairs:
         moves[source // c, (source - target) % c][target // c, target % c] = 1.0
     with backend.log.measure("linear"):
         apart = backend.reshape(vectors, (n, per_vector))
@@ -44,7 +55,7 @@ def encrypted(context: OperationContext, vectors: Ciphertext, n: int, rows: np.n
             parts.append(column)
             masks.append(mask)
         scale = context.canonical_factor(vectors.level, vectors.scale)
-        plain = context.constant(("rows", rows.tobytes(), c), vectors.level, scale, lambda: np.stack(masks, axis=1))
+        plain = context.constant((*tag, c), vectors.level, scale, lambda: np.stack(masks, axis=1))
         out = backend.rescale(backend.multiply_plain_sum(plain, backend.stack(parts)))
         return backend.stack([backend.take(backend.take(out, block), i) for i in range(n) for block in range(out_blocks)])
 

@@ -7,15 +7,13 @@ reciprocal's interval:
 
     w_ij = g m_j K(scaling q_i . k_j - c)        r_i = 1 / sum_j w_ij        o_i = r_i sum_j w_ij v_j
 
-Scores lie as in `hf_he.ops.attention`; r is one ciphertext, a value per head and query, and multiplies the weighted sum. The gradient is the
-usual P (dP - rowsum(dP P)) with rowsum(dP P)_i = do_i . o_i, so that no row is summed or spread again: with do' = r do,
-
-    ds_ij = g m_j K'(s_ij) do'_i . (v_j - o_i)        dv_j = sum_i w_ij do'_i        dq_i = scaling sum_j ds_ij k_j        dk_j = scaling sum_i ds_ij q_i
+Scores lie as in `hf_he.ops.attention`; r is one ciphertext, a value per head and query, and multiplies the weighted sum. The gradient is that of
+hf_he.ops.normalised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,10 +21,11 @@ import torch
 
 from hf_he.approximation import KernelExponential, Reciprocal
 from hf_he.backends.base import Ciphertext
-from hf_he.ops import attention, attention_gradient, reduce
+from hf_he.ops import attention, attention_gradient, normalised
 from hf_he.ops.attention_gradient import BlockGradients, Gradients, gradients_by_block
 from hf_he.ops.context import OperationContext
 from hf_he.ops.goldschmidt import evaluate_reciprocal
+from hf_he.ops.normalised import dot_products, query_and_key, row_rotations, row_sums
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
 from hf_he.packing import Packing, ScoreLayout
@@ -111,7 +110,7 @@ def _forward(
         rotated_k = backend.rotate(k, attention.baby_steps(layout))
         rotated_v = backend.rotate(v, attention.baby_steps(layout))
         degree = form.exponential.degree
-        scores = attention.collect(context, layout, _products(context, layout, q, rotated_k), scaling / degree)
+        scores = attention.collect(context, layout, dot_products(context, layout, q, rotated_k), scaling / degree)
         scores = backend.add_scalar(scores, -form.maximum / degree)
         weights = attention.kernel(context, scores, form.exponential.squarings, levels.value + 2)
         weights = _masked(context, layout, weights, mask, form.gain, levels.value + 2)
@@ -150,22 +149,15 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         rotated = backend.rotate(scaled, attention.giant_steps(layout, -1))
         if for_scores:
             q, k, v, out = others
-            errors = _errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, out, saved.scaling)
+            errors = normalised.errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, out, saved.scaling)
         weights, slopes = attention_gradient.weights_and_slopes(context, saved.scores, errors, saved.form.exponential.squarings, level)
         if slopes is not None:
             slopes = _masked(context, layout, slopes, saved.mask, saved.form.gain, level)
-            dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
+            dq, dk = query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
             weights = _masked(context, layout, weights, saved.mask, saved.form.gain, level)
             dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, output + 1))
     return dq, dk, dv
-
-
-def _products(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:
-    backend = context.backend
-    rotated_q = backend.rotate(q, attention.giant_steps(layout, -1))
-    for g in range(layout.giants):
-        yield backend.multiply(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
 
 
 def _masked(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, mask: Ciphertext | None, gain: float, level: int) -> Ciphertext:
@@ -184,68 +176,13 @@ def _masked(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, 
 
 
 def _mapped_row_sums(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, form: Softmax) -> Ciphertext:
-    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `weights`; unbatched.
-
-    Sums over the babies of each window, over windows together with the lanes they lag behind by, over the ciphertexts, then from the first
-    feature of a head to the others.
-    """
-    backend = context.backend
-    weights = context.ensure_level(weights, 1)
-    for step in (*reversed(reduce.power_steps(1, layout.babies)), *_window_steps(layout)):
-        weights = reduce.rotate_and_add(context, weights, step)
-    total = backend.sum_rotated(weights, _ciphertext_steps(layout))
-    total = context.multiply_constant(total, ("first of head", layout.head_dim), lambda: reduce.first_of(layout.head_dim))
+    """The reciprocal's input in [-1, 1], over every feature of its head in the lane of its query, one level below `weights`; unbatched."""
+    total = row_sums(context, layout, context.ensure_level(weights, 1))
     low, high = form.reciprocal.interval
-    return backend.add_scalar(reduce.replicate_features(context, total, layout.head_dim), -(high + low) / (high - low))
-
-
-def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, out: Ciphertext, scaling: float) -> Ciphertext:
-    """[score ciphertexts]: scaling * do'_i . (v_j - o_i) in the place of score (i, j), two levels below `rotated_do` [giants]."""
-    backend, level = context.backend, rotated_do.level
-    rotated_v = backend.rotate(backend.match_level(v, level), attention.baby_steps(layout))
-    rotated_out = backend.rotate(backend.match_level(out, level), attention.giant_steps(layout, -1))
-
-    def products() -> Iterator[Ciphertext]:
-        for g in range(layout.giants):
-            do, o = (backend.reshape(backend.take(ct, g), (1,)) for ct in (rotated_do, rotated_out))
-            yield backend.multiply(backend.subtract(rotated_v, o), do)
-
-    return attention.collect(context, layout, products(), scaling)
-
-
-def _query_and_key(
-    context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
-) -> tuple[Ciphertext | None, Ciphertext | None]:
-    """sum_j slope_ij k_j and sum_i slope_ij q_i at `output`."""
-    backend = context.backend
-    rotated_k = backend.rotate(backend.match_level(k, output + 1), attention.baby_steps(layout))
-    rotated_q = backend.rotate(backend.match_level(q, output + 1), attention.giant_steps(layout, -1))
-    queries: list[Ciphertext] = []
-    keys: Ciphertext | None = None
-    for g, copied in enumerate(attention.copies(context, layout, slopes, rotated_k)):
-        if needs[0]:
-            queries.append(backend.sum(backend.multiply(copied, rotated_k)))
-        if needs[1]:
-            product = backend.multiply(copied, backend.reshape(backend.take(rotated_q, g), (1,)))
-            keys = product if keys is None else backend.add(keys, product)
-    dq = attention_gradient.aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
-    dk = None if keys is None else attention_gradient.aligned(context, keys, attention.baby_steps(layout, -1))
-    return dq, dk
-
-
-def _window_steps(layout: ScoreLayout) -> list[int]:
-    """Steps whose rotate-and-add sums the windows of a ciphertext, each from the lanes it is late by."""
-    stride = layout.babies * (layout.packing.token_stride + 1)
-    return [stride * count for count in reduce.power_steps(1, min(layout.windows, layout.giants))]
-
-
-def _ciphertext_steps(layout: ScoreLayout) -> list[int]:
-    return [s * layout.head_dim * layout.packing.token_stride for s in range(layout.ciphertexts)]
+    return context.backend.add_scalar(total, -(high + low) / (high - low))
 
 
 def rotations(packing: Packing, heads: int) -> set[int]:
     """Rotation steps of `forward` and `backward`, projections not included."""
     layout = ScoreLayout(packing, heads)
-    steps = {*reduce.power_steps(1, layout.babies), *(-width for width in reduce.power_steps(1, layout.head_dim))}
-    steps |= {*_window_steps(layout), *_ciphertext_steps(layout)}
-    return ({step % packing.slots for step in steps} | attention_gradient.rotations(packing, heads)) - {0}
+    return ({step % packing.slots for step in row_rotations(layout)} | attention_gradient.rotations(packing, heads)) - {0}

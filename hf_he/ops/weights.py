@@ -320,12 +320,12 @@ class WeightGradient(Operand):
         return Operand(self.context, self.features, total.ciphertext)
 
 
-def vector_gradient(spread: Spread, state: Operand, n: int, features: int) -> WeightGradient:
-    """Gradient of n vectors that turn numbers into `state` or a state into numbers: products of both, to be summed over all lanes."""
+def vector_gradient(spread: Spread, state: Operand, n: int, features: int, level: int = GRADIENT_LEVEL) -> WeightGradient:
+    """Gradient of n vectors that turn numbers into `state` or a state into numbers: products of both at `level`, to be summed over all lanes."""
     context = state.context
     backend = context.backend
-    state.ensure(GRADIENT_LEVEL)
-    numbers, values = spread.at(GRADIENT_LEVEL), state.at(GRADIENT_LEVEL)
+    state.ensure(level)
+    numbers, values = spread.at(level), state.at(level)
     with backend.log.measure("linear"):
         products = backend.multiply(backend.reshape(numbers, (n, 1)), backend.reshape(values, (1, values.count)))
         return WeightGradient(context, features, backend.reshape(products, (n * values.count,)))

@@ -28,7 +28,7 @@ def run(lab, tensors, do, keep, heads, scaling, kernel, policy="recompute", need
     operands = [lab.encrypt(x).operand for x in tensors]
     mask = None if keep is None else lab.encrypt_mask(keep).ciphertext
     out, saved = attention_gradient.forward(lab.session, *operands, mask, heads, scaling, kernel, policy=policy)
-    return out, attention_gradient.backward(lab.session, saved, lab.encrypt(do, level).operand, needs, output)
+    return out.ciphertext, attention_gradient.backward(lab.session, saved, lab.encrypt(do, level).operand, needs, output)
 
 
 def check(lab, gradients, expected, output=1, tolerance=1e-3):
