@@ -47,6 +47,7 @@ _LAZY = {
     "connect": "hf_he.remote",
     "encrypted_generate": "hf_he.generation.generate",
     "get_backend": "hf_he.backends",
+    "set_default_device": "hf_he.backends",
 }
 
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "encrypted_generate",
     "get_backend",
     "save_hub_shim",
+    "set_default_device",
 ]
 
 

@@ -20,7 +20,8 @@ app = typer.Typer(
 
 Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")]
 Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
-Backend = Annotated[str, typer.Option("--backend", help="auto, native or simulator (plaintext, no protection).")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, native, simulator (plaintext, no protection), fhelium or desilo.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's own choice.")]
 Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
 PolicyParameters = Annotated[str | None, typer.Option("--parameters", help="Parameter set; see `hf-he env`. Default: n14, with bootstrapping n16-bootstrap.")]
 Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.")]
@@ -44,10 +45,12 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="Your own sentences, one per line.")] = None,
     refresh: DemoRefresh = None,
     json_output: Json = False,
+    device: Device = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the server's operations with their levels to this file.")] = None,
     features: Features = None,
 ) -> None:
     """Encrypt sentences, classify them on ciphertexts in a server process, decrypt, and compare with plaintext."""
+    _place(device)
     agrees = _load("demo").demo(model, backend, parameters, num_sentences, seed, text, refresh, json_output, trace, features)
     raise typer.Exit(0 if agrees else 1)
 
@@ -88,9 +91,11 @@ def infer(
     out: Annotated[Path | None, typer.Option(help="Encrypted result to write; default: the input with suffix .result.")] = None,
     server: Annotated[str | None, typer.Option(help="URL of a running `hf-he serve`; default: start one as a child process.")] = None,
     refresh: Refresh = "client",
+    device: Device = None,
     json_output: Json = False,
 ) -> None:
     """Run an encrypted file through a server, answering its refresh requests."""
+    _place(device)
     _load("files").infer(encrypted, model, keys, out, server, refresh, json_output)
 
 
@@ -118,9 +123,11 @@ def serve(
     adapter: Adapter = None,
     context: Context = 64,
     max_tokens: MaxTokens = None,
+    device: Device = None,
     announce: Annotated[bool, typer.Option("--announce", hidden=True)] = False,
 ) -> None:
     """Serve a model to clients that hold the matching secret key. The server holds evaluation keys only."""
+    _place(device)
     generation = {"adapter": adapter, "context": context, "max_tokens": max_tokens} if generate else None
     _load("files").serve(model, evaluation_keys, backend, refresh, host, port, finetune, announce, generation)
 
@@ -142,9 +149,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens that make up this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
     json_output: Json = False,
 ) -> None:
     """Generate text on ciphertexts in a server process with an encrypted cache, and compare with the plaintext polynomial model."""
+    _place(device)
     sampling = {name: value for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)) if value is not None}
     options = {"adapter": adapter, "encrypt_adapter": encrypt_adapter, "select": select, "refresh": refresh, "context": context}
     options |= {"sampling": sampling, "seed": seed}
@@ -167,6 +176,11 @@ def plan(
 def env(json_output: Json = False) -> None:
     """Show versions, CPU features, backends and parameter sets."""
     _load("env").env(json_output)
+
+
+def _place(device: str | None) -> None:
+    if device is not None:
+        import_module("hf_he.backends").set_default_device(device)
 
 
 def _load(name: str):

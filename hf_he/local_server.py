@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from hf_he.backends import default_device
 from hf_he.errors import HEError
 from hf_he.protocol import error_from_json
 from hf_he.remote import RemoteServer, connect
@@ -44,6 +45,7 @@ def local_servers(
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command += ["hf_he", "serve", "--model", str(model), "--evaluation-keys", str(evaluation_keys), "--refresh", refresh, "--port", "0", "--announce"]
+    command += [] if default_device() is None else ["--device", default_device()]
     command += [*arguments] if finetune is None else ["--finetune", str(finetune), *arguments]
     with tempfile.TemporaryFile() as log, ExitStack() as stack:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)

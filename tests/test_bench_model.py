@@ -59,7 +59,7 @@ def test_paper_shape_is_within_its_ranges_and_bootstraps():
 def test_what_cannot_run_says_so():
     with pytest.raises(DataError, match="choose from"):
         whole.workload("huge")
-    with pytest.raises(BackendUnavailableError, match="CPU"):
-        whole.make_backend("native", whole.parameter_set("n14"), "cuda")
+    with pytest.raises(BackendUnavailableError, match="CPU only"):
+        whole.measure(whole.workload("shipped", 1), "native", "cuda", print)
     result = CliRunner().invoke(app, ["bench", "model", "--priced", "--backend", "simulator"])
     assert result.exit_code != 0

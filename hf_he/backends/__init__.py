@@ -32,8 +32,12 @@ __all__ = [
     "SecretKeyBase",
     "available_backends",
     "backend_class",
+    "default_device",
     "get_backend",
+    "set_default_device",
 ]
+
+_default_device: str | None = None
 
 
 def backend_class(name: str = "auto") -> type[HEBackend]:
@@ -48,13 +52,36 @@ def backend_class(name: str = "auto") -> type[HEBackend]:
         raise BackendUnavailableError(f"the {name} backend cannot be imported ({error}): install what it needs, or choose another backend") from error
 
 
-def get_backend(name: str, parameters: CKKSParameters) -> HEBackend:
-    """A backend of the given name for one parameter set. Raises BackendUnavailableError with the reason when it cannot run here."""
+def set_default_device(device: str | None) -> None:
+    """Backends that are made from now on, here and in server processes started from here, run on `device`: "cpu", "cuda" or "cuda:N" (None: their own choice).
+
+    Raises ParameterError for anything else; whether a backend runs there is known when it is made.
+    """
+    global _default_device
+    if device is not None:
+        HEBackend.check_device_name(device)
+    _default_device = device
+
+
+def default_device() -> str | None:
+    """What `set_default_device` was given last."""
+    return _default_device
+
+
+def get_backend(name: str, parameters: CKKSParameters, device: str | None = None) -> HEBackend:
+    """A backend of the given name for one parameter set, on `device` or the default one.
+
+    Raises BackendUnavailableError with the reason when it cannot run here, or not on that device.
+    """
     cls = backend_class(name)
     ok, reason = cls.availability()
     if not ok:
         raise BackendUnavailableError(f"the {cls.name} backend cannot run here: {reason}")
-    return cls(parameters)
+    device = device or _default_device
+    if device is None:
+        return cls(parameters)
+    cls.check_device(device)
+    return cls(parameters, device=device) if len(cls.devices) > 1 else cls(parameters)
 
 
 def available_backends() -> dict[str, tuple[bool, str]]:

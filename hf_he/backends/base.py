@@ -15,6 +15,7 @@ Conventions
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ class HEBackend(Adapter):
     name: str
     bootstraps = False
     """Whether `bootstrap` works with parameters that have moduli for it."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Kinds of device; a backend with more than one takes a `device` when it is made."""
 
     def __init__(self, parameters: CKKSParameters) -> None:
         self.parameters = parameters
@@ -52,6 +55,20 @@ class HEBackend(Adapter):
     def availability(cls) -> tuple[bool, str]:
         """Whether this backend runs here, and why not."""
         return True, "available"
+
+    @staticmethod
+    def check_device_name(device: str) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ParameterError(f"a device is cpu, cuda or cuda:N, got {device!r}")
+
+    @classmethod
+    def check_device(cls, device: str) -> None:
+        """Raises ParameterError for what names no device, BackendUnavailableError for one that this backend never runs on."""
+        cls.check_device_name(device)
+        if device.partition(":")[0] not in cls.devices:
+            raise BackendUnavailableError(
+                f"the {cls.name} backend runs on a CPU only: leave --device out, or choose --backend fhelium (or desilo) for {device}"
+            )
 
     def capabilities(self) -> dict[str, bool]:
         return {"bootstrap": self.bootstraps and bool(self.parameters.bootstrap_moduli), "conjugate": True, "periodic_plaintexts": True}

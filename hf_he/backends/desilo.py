@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,13 +75,14 @@ class Values:
 
 
 class DesiloBackend(HEBackend):
-    """HEBackend on DESILO FHE 2.0; `device` is "cpu" or "cuda" (needs one of the `desilofhe-cuXXX` packages).
+    """HEBackend on DESILO FHE 2.0; `device` is "cpu", "cuda" or "cuda:N" (needs one of the `desilofhe-cuXXX` packages).
 
     A parameter set is served by the library's engine of the same slots with more levels, because its keys do not reach the highest one; its own
     moduli count for security, 128 bits by the vendor's statement. Raises BackendUnavailableError when there is no such engine.
     """
 
     name = "desilo"
+    devices = ("cpu", "cuda")
     bootstraps = True
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
@@ -359,18 +361,25 @@ def _broadcast(x: list[Any], x_shape: tuple[int, ...], y: list[Any], y_shape: tu
     return [x[i] for i in left], [y[j] for j in right]
 
 
+@cache
 def _engine(parameters: CKKSParameters, device: str) -> Any:
-    """The library's engine with the slots of `parameters`, at least their levels, and every core."""
+    """The library's engine with the slots of `parameters`, at least their levels, and every core.
+
+    One per process, because in 2.0.0 a rotation key that one engine has read breaks another of the same kind (recipes/benchmarks/desilo_keys.py).
+    """
     import desilofhe
 
-    mode = {"cpu": "parallel", "cuda": "gpu"}.get(device)
-    if mode is None:
-        raise BackendUnavailableError(f"the desilo backend runs on cpu or cuda, not on {device!r}")
+    kind, _, index = device.partition(":")
     threads = int(os.environ.get("NUMBA_NUM_THREADS", os.cpu_count() or 1))
+    place = {"mode": "gpu", "device_id": int(index or 0)} if kind == "cuda" else {"mode": "parallel", "thread_count": threads}
     options = {"bootstrap": True} if parameters.bootstrap_moduli else {"max_level": parameters.max_level + 1}
     try:
-        engine = desilofhe.Engine(mode=mode, **options, **({"thread_count": threads} if mode == "parallel" else {}))
+        engine = desilofhe.Engine(**place, **options)
     except (RuntimeError, ValueError) as error:
+        if kind == "cuda":
+            raise BackendUnavailableError(
+                f"DESILO FHE makes no engine on {device} ({error}): install the desilofhe-cuXXX package of this machine's CUDA, or use --device cpu"
+            ) from error
         raise BackendUnavailableError(f"DESILO FHE makes no engine with {parameters.max_level + 1} levels on {device}: {error}") from error
     if engine.slot_count != parameters.slots or engine.max_level <= parameters.max_level:
         found = f"{engine.slot_count} slots and {engine.max_level} levels"

@@ -65,15 +65,14 @@ class FheliumBackend(HEBackend):
     """
 
     name = "fhelium"
+    devices = ("cpu", "cuda")
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
         from fhelium import CkksConfig
         from fhelium.eager import Engine
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise BackendUnavailableError("torch finds no CUDA device: install a CUDA build of torch, or use --device cpu")
+        self.device = _device(device)
         chain = tuple(reversed(parameters.moduli))
         config = CkksConfig(
             default_scale=2.0**parameters.scale_bits,
@@ -382,6 +381,24 @@ class FheliumBackend(HEBackend):
 
     def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> torch.Tensor:
         return a.payload.reshape(a.components, *batch_shape, *a.payload.shape[-2:])
+
+
+def _device(name: str | None) -> torch.device:
+    """By default CUDA where torch and FHElium both have it."""
+    from fhelium.native.runtime import native_backend_available
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name or ("cuda" if devices and native_backend_available("cuda") else "cpu"))
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= devices:
+        found = f"torch finds {devices} CUDA devices" if devices else "torch finds no CUDA device"
+        raise BackendUnavailableError(f"{found}: use --device cpu, or a machine with a GPU and a CUDA build of torch (README, Backends)")
+    if not native_backend_available("cuda"):
+        raise BackendUnavailableError(
+            "FHElium was compiled for the CPU only: use --device cpu, or compile it again with `make test-fhelium FHELIUM_BACKENDS=CPU+CUDA`"
+        )
+    return device
 
 
 def _compressed(operand: Any) -> bool:

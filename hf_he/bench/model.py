@@ -7,7 +7,6 @@ instead and prices them with the native engine's times on one core (hf_he.backen
 
 from __future__ import annotations
 
-import inspect
 import platform
 import time
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_he import __version__
-from hf_he.backends import backend_class
-from hf_he.backends.base import HEBackend
+from hf_he.backends import get_backend
 from hf_he.bench.finetune import ENTRIES, PAPER_SHAPE, SHIPPED_SHAPE, Shape, make_model
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.data import load_dataset
-from hf_he.errors import BackendUnavailableError, DataError
+from hf_he.errors import DataError
 from hf_he.level_search import CountingSession
 from hf_he.measurement import begin_peak_period, peak_memory_bytes
 from hf_he.nn import LayerRange, RangeTracker
@@ -119,19 +117,6 @@ def _entry(module: nn.Module, seen: LayerRange) -> dict[str, Any]:
     return ENTRIES[kind] | {"interval": interval}
 
 
-def make_backend(name: str, parameters: CKKSParameters, device: str) -> HEBackend:
-    """A backend on `device`. Raises BackendUnavailableError where it does not run, or not there."""
-    cls = backend_class(name)
-    able, reason = cls.availability()
-    if not able:
-        raise BackendUnavailableError(f"the {cls.name} backend cannot run here: {reason}")
-    if "device" in inspect.signature(cls).parameters:
-        return cls(parameters, device=device)
-    if device != "cpu":
-        raise BackendUnavailableError(f"the {cls.name} backend runs on a CPU: leave --device out, or choose fhelium or desilo")
-    return cls(parameters)
-
-
 def priced(work: Workload) -> dict[str, Any]:
     """A projection for one core: what the native engine's primitives take, times their counts."""
     session, _ = _counted(work)
@@ -143,7 +128,7 @@ def priced(work: Workload) -> dict[str, Any]:
 
 def measure(work: Workload, backend_name: str, device: str, announce: Announce) -> dict[str, Any]:
     """The workload, one packed batch after another."""
-    backend = make_backend(backend_name, work.parameters, device)
+    backend = get_backend(backend_name, work.parameters, device)
     counting, levels = _counted(work)
     bootstrapping = backend.capabilities()["bootstrap"]
     announce("keys")
@@ -229,21 +214,21 @@ def versions(backend: str, device: str) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     if device != "cpu":
-        found |= {"cuda": torch.version.cuda, "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+        found |= {"cuda": torch.version.cuda, "accelerator": torch.cuda.get_device_name(device) if torch.cuda.is_available() else None}
     return found
 
 
 def _synchronise(device: str) -> None:
     if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _peak_gpu_gb(device: str) -> float | None:
     """What torch reserved at most, or what is taken on the card now if that is more: libraries beside torch keep their own memory."""
     if device == "cpu" or not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()
-    return max(torch.cuda.max_memory_reserved(), total - free) / 1e9
+    free, total = torch.cuda.mem_get_info(device)
+    return max(torch.cuda.max_memory_reserved(device), total - free) / 1e9
 
 
 def table(row: dict[str, Any]) -> list[tuple[str, str]]:

@@ -128,19 +128,26 @@ def finetune(
 @app.command()
 def model(
     backend: Annotated[str, typer.Option(help="native, simulator, fhelium or desilo.")] = "native",
-    device: Annotated[str, typer.Option(help="cpu, or cuda where the backend runs on it.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, where the backend runs on it.")] = "cpu",
     shape: Annotated[str, typer.Option(help="shipped: the model that ships; paper: 2 x 768, 12 heads, 128 tokens, random weights.")] = "shipped",
     batch: Annotated[int | None, typer.Option(min=1, help="Sentences; default: as many as one packed batch holds.")] = None,
     features: Annotated[int | None, typer.Option(min=1, help="Features per ciphertext; 1 is for batches of hundreds.")] = None,
     parameters: Annotated[str | None, typer.Option(help="Parameter set; default: that of the shape.")] = None,
     priced: Annotated[bool | None, typer.Option("--priced/--run", help="Project from operation counts; default: the native engine's paper shape only.")] = None,
+    project: Annotated[Path | None, typer.Option(help="Price counted operations with the published times of a GPU in this file instead.")] = None,
     json_output: Json = False,
 ) -> None:
-    """One encrypted inference on a backend and a device: seconds, memory, and the paper's figures beside them."""
+    """One encrypted inference on a backend and a device: seconds, memory, and the paper's figures beside them.
+
+    With --project recipes/benchmarks/gpu_primitives.json nothing runs: an inference and a training step are counted and priced, and say so.
+    """
     from hf_he.bench import model as whole
     from hf_he.errors import DataError
     from hf_he.scripts.display import console, print_json, progress_bar
 
+    if project is not None:
+        _project(project, shape, features, json_output)
+        return
     if priced and backend != "native":
         raise DataError("--priced projects the times of the native engine: leave --backend out, or measure with --run")
     priced = (backend, shape) == ("native", "paper") if priced is None else priced
@@ -159,6 +166,31 @@ def model(
     found = Table(show_header=False, title="One encrypted inference")
     for name, value in whole.table(row):
         found.add_row(name, value)
+    console.print(found)
+
+
+def _project(file: Path, shape: str, features: int | None, json_output: bool) -> None:
+    from rich.table import Table
+
+    from hf_he.bench import projection
+    from hf_he.bench.model import SHAPES
+    from hf_he.errors import DataError
+    from hf_he.scripts.display import console, print_json, progress_bar
+
+    if shape not in SHAPES:
+        raise DataError(f"--shape does not know {shape}: choose from {', '.join(SHAPES)}")
+    published = projection.Published.load(file)
+    with progress_bar("Counting operations"):
+        rows = [projection.project(SHAPES[shape], width, published) for width in ([None, 1] if features is None else [features])]
+    if json_output:
+        print_json(rows)
+        return
+    header, lines = projection.table(rows)
+    found = Table(title=f"A projection, not a measurement: {published.name}, {published.source}")
+    for index, name in enumerate(header):
+        found.add_column(name, justify="left" if index in (0, 3) else "right")
+    for line in lines:
+        found.add_row(*line)
     console.print(found)
 
 

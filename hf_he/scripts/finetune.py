@@ -18,7 +18,8 @@ def finetune(
     config: Annotated[Path | None, typer.Option(help="Recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run: keys, checkpoints, adapter, plot.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, native or simulator (plaintext, no protection).")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, native, simulator (plaintext, no protection), fhelium or desilo.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's own choice.")] = None,
     parameters: Annotated[str | None, typer.Option(help="Parameter set; see `hf-he env`.")] = None,
     refresh: Annotated[str | None, typer.Option(help="client or bootstrap.")] = None,
     optimizer_location: Annotated[str | None, typer.Option(help="server or client (one round trip per step, the client sees the gradient).")] = None,
@@ -36,10 +37,12 @@ def finetune(
     """Fine-tune LoRA adapters by a recipe; the adapter comes back as a plain PEFT adapter."""
     from transformers.utils import logging
 
+    from hf_he.backends import set_default_device
     from hf_he.checkpoints import default_model
     from hf_he.finetuning.recipe import load_finetune_recipe
 
     logging.set_verbosity_error()
+    set_default_device(device)
     recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
