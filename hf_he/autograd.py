@@ -307,7 +307,9 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: EncryptedTensor) -> tuple[Gradient, None]:
-        return EncryptedTensor(WaitingRotary(gradient.operand, ctx.rotation.transposed), tuple(gradient.shape), HEADS), None
+        operand, back = gradient.operand, ctx.rotation.transposed
+        rotated = operand.rotated(back) if isinstance(operand, Gathered) else WaitingRotary(operand, back)
+        return EncryptedTensor(rotated, tuple(gradient.shape), HEADS), None
 
 
 class Attention(torch.autograd.Function):

@@ -90,7 +90,7 @@ def forward(
         prepared = attention.prepare(context, *operands, mask, own, scaling, approximation, levels, causal)
         with context.backend.log.measure("attention"):
             if policy == "keep":
-                scores = _kernel_and_derivative(context, prepared.scores, approximation.squarings, levels.value + 1)
+                scores = kernel_and_derivative(context, prepared.scores, approximation.squarings, levels.value + 1)
                 weights = context.backend.take(scores, 0)
             else:
                 scores = prepared.scores
@@ -162,13 +162,13 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         else:
             do = context.ensure_level(do, depth)
         kernel_level = output + GRADIENT_DEPTH + (masked and for_values)
-        product_level = _product_level(saved, kernel_level, min(do.level, v.level))
-        do = backend.drop_level(do, max(value_level, product_level if for_scores else 0))
+        at = product_level(saved, kernel_level, min(do.level, v.level))
+        do = backend.drop_level(do, max(value_level, at if for_scores else 0))
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
-        errors = _errors(context, layout, backend.drop_level(rotated, product_level), v, saved.scaling) if for_scores else None
-        weights, slopes = _narrow(context, saved, errors, kernel_level)
+        errors = _errors(context, layout, backend.drop_level(rotated, at), v, saved.scaling) if for_scores else None
+        weights, slopes = narrow(context, saved, errors, kernel_level)
         if slopes is not None:
-            dq, dk = _query_and_key(context, layout, q, k, slopes, needs, output)
+            dq, dk = query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
             dv = value_gradient(context, layout, weights, backend.drop_level(rotated, value_level))
             if saved.mask is not None:
@@ -176,7 +176,7 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
     return dq, dk, dv
 
 
-def _kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
+def kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
     """[2, score ciphertexts]: (1 + x)^n and (1 + x)^(n - 1), n = 2^squarings, at `level` or higher."""
     backend = context.backend
     x = backend.add_scalar(scores, 1.0)
@@ -189,7 +189,7 @@ def _kernel_and_derivative(context: OperationContext, scores: Ciphertext, squari
     return context.ensure_level(pair, level)
 
 
-def _product_level(saved: Saved, kernel_level: int, available: int) -> int:
+def product_level(saved: Saved, kernel_level: int, available: int) -> int:
     """Where do . v is multiplied: high enough for all that follows, or, where a refresh is needed anyway, as low as it can be."""
     rest = 1 if saved.policy == "keep" else saved.approximation.squarings
     level = kernel_level + rest + attention.SCORE_DEPTH
@@ -204,7 +204,7 @@ def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Cipherte
     return attention.collect(context, layout, products, scaling)
 
 
-def _narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
+def narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
     """Kernel w, and errors * K' where there are errors; [score ciphertexts] each, at `level` or higher."""
     backend = context.backend
     if saved.policy == "recompute":
@@ -234,7 +234,7 @@ def weights_and_slopes(
     return backend.take(pair, 0), backend.take(pair, 1)
 
 
-def _query_and_key(
+def query_and_key(
     context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
 ) -> tuple[Ciphertext | None, Ciphertext | None]:
     """sum_j slope_ij (k_j - q_i), and minus the same sum over i, at `output`."""

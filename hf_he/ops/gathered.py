@@ -18,6 +18,7 @@ from hf_he.ops.arithmetic import WaitingSum
 from hf_he.ops.context import OperationContext
 from hf_he.ops.linear import WaitingLinear
 from hf_he.ops.operand import Operand
+from hf_he.ops.rotary import Rotation, WaitingRotary
 from hf_he.ops.selection import put_back, selected_rows
 from hf_he.ops.weights import WeightGradient
 
@@ -73,7 +74,7 @@ class Gathered(Operand):
 
     @property
     def level(self) -> int:
-        return self.joined.level - 1 if self.waiting else self._ciphertext.level
+        return (self.joined.level or self.context.top) - 1 if self.waiting else self._ciphertext.level
 
     @property
     def ciphertext(self) -> Ciphertext:
@@ -87,6 +88,10 @@ class Gathered(Operand):
     def plus(self, other: Gathered) -> Gathered:
         """The gradient of all selections of both."""
         return Gathered([*self._parts, *other._parts], [*self._rows, *other._rows], self.features)
+
+    def rotated(self, rotation: Rotation) -> Gathered:
+        """`rotation` of whole heads, which commutes with selecting them."""
+        return Gathered([WaitingRotary(part, rotation) for part in self._parts], self._rows, self.features)
 
     def transposed(self, weight: torch.Tensor) -> WaitingLinear:
         """weight^T times this gradient, `weight` [features, in]."""

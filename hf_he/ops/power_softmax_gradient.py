@@ -6,6 +6,10 @@ constant) and the gradient do of the output o (which then counts as 0), as in hf
     dv_j = sum_i r_i x_ij^p do_i                                ds_ij = p r_i x_ij^(p - 1) f_ij do_i . (v_j - o_i)
     dq_i = scaling sum_j ds_ij k_j                              dk_j = scaling sum_i ds_ij q_i
 
+or, where scores are -scaling / (2 p) |q_i - k_j|^2,
+
+    dq_i = scaling / p sum_j ds_ij (k_j - q_i)                  dk_j = -scaling / p sum_i ds_ij (k_j - q_i)
+
 The derivative of the reciprocal is -r^2, as `Reciprocal` has it in plaintext: neither its polynomial nor its Goldschmidt steps are differentiated. r_i may be
 in the thousands where x_ij^p is small. So it does not multiply do: it is moved beside the scores (a plaintext product and a rotation per giant
 step), where r x^p and r x^(p - 1) f are of moderate size, and kept below LARGEST for the refresh before that.
@@ -150,11 +154,12 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         do = backend.match_level(have["do"], max(value_level, product_level))
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
         if for_scores:
-            factor = saved.scaling * saved.factors.uniform * saved.factors.form.power
+            factor = saved.scaling * saved.factors.uniform * (1.0 if saved.factors.form.distances else saved.factors.form.power)
             errors = normalised.errors(context, layout, backend.match_level(rotated, product_level), have["v"], have.get("out"), factor)
         weights, slopes = _narrow(context, layout, saved, errors, level)
         if slopes is not None:
-            dq, dk = normalised.query_and_key(context, layout, have["q"], have["k"], slopes, needs, output)
+            of_scores = attention_gradient if saved.factors.form.distances else normalised
+            dq, dk = of_scores.query_and_key(context, layout, have["q"], have["k"], slopes, needs, output)
         if for_values:
             dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, value_level))
     return dq, dk, dv
