@@ -15,7 +15,7 @@ from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
 from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
-from hf_he.serialization import peek, read_file, unpack, write_file
+from hf_he.serialization import map_file, peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
 BOOTSTRAPPING_FOLDER = "bootstrapping"
@@ -53,7 +53,7 @@ class ServerKeys:
             raise SecretKeyOnServerError(f"{what} was handed a secret key: give it the evaluation keys (`keys.evaluation`, or the file {EVALUATION_FILE})")
         if not isinstance(source, str | Path | _BYTES):
             raise ParameterError(f"evaluation keys are a file, bytes or ServerKeys, got {type(source).__name__}: pass `keys.evaluation`")
-        data = bytes(source) if isinstance(source, _BYTES) else read_file(source, "evaluation-key")
+        data = bytes(source) if isinstance(source, _BYTES) else map_file(source, "evaluation-key")
         kind, name, parameters = describe_key_file(data)
         if kind == "secret_key":
             raise SecretKeyOnServerError(f"{what} was handed a secret-key file: give it {EVALUATION_FILE} instead, and keep {SECRET_FILE} with the client")
@@ -127,7 +127,7 @@ class Keys:
         sizes = {SECRET_FILE: len(secret), PUBLIC_FILE: len(public)}
         if self.evaluation is not None:
             evaluation = self.backend.serialize(replace(self.evaluation.evaluation, bootstrapping=None))
-            write_file(folder / EVALUATION_FILE, evaluation)
+            write_file(folder / EVALUATION_FILE, evaluation, mapped=True)
             sizes[EVALUATION_FILE] = len(evaluation)
             del evaluation
         if held:

@@ -109,8 +109,8 @@ def choose_packing(plans: Mapping[Packing, Plan], batch: int) -> PackingChoice:
 def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:
     """Number of keys and their bytes in memory and in files, for the model and, where the parameters bootstrap, for bootstrapping.
 
-    A key covers the moduli of the highest level of its use. In memory a residue takes 4, 6 or 7 bytes; files hold one half of each key in ceil(b / 8)
-    bytes per residue of a b-bit modulus, and a seed.
+    A key covers the moduli of the highest level of its use. A residue takes 4, 6 or 7 bytes; files hold one half of each key, which servers map, and
+    a seed.
     """
 
     def size(limbs: list[int], chain: tuple[int, ...]) -> dict[str, int]:
@@ -118,8 +118,9 @@ def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int
         for count in limbs:
             residues = -(-count // parameters.digit_size) * parameters.ring_degree
             covered = (*chain[:count], *parameters.special_moduli)
-            total["memory"] += 2 * residues * sum(map(packed_width, covered))
-            total["files"] += residues * sum(-(-modulus.bit_length() // 8) for modulus in covered)
+            half = residues * sum(map(packed_width, covered))
+            total["memory"] += 2 * half
+            total["files"] += half
         return total
 
     sizes = {"model": size([len(parameters.moduli), *(level + 1 for level in plan.rotations.values())], parameters.moduli)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -150,9 +151,10 @@ def unpack_residues(packed: np.ndarray, modulus: int) -> np.ndarray:
     return whole.astype(np.float64)
 
 
-def write_file(path: str | Path, data: bytes, *, secret: bool = False, keep: str | Path | None = None) -> None:
+def write_file(path: str | Path, data: bytes, *, secret: bool = False, mapped: bool = False, keep: str | Path | None = None) -> None:
     """Write atomically (a temporary file in the same folder, then a rename); `secret` gives mode 0600 from the first byte on.
 
+    `mapped` marks a file that `map_file` reads as read-only: it can be replaced or deleted while it is mapped, but not truncated.
     With `keep`, the file that was there stays under that name, and bytes and names are on the disk before this returns: whenever the
     process or the machine stops, one of the two is whole.
     """
@@ -161,7 +163,7 @@ def write_file(path: str | Path, data: bytes, *, secret: bool = False, keep: str
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         if not secret:
-            os.fchmod(descriptor, 0o644)
+            os.fchmod(descriptor, 0o444 if mapped else 0o644)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             if keep is not None:
@@ -184,6 +186,19 @@ def read_file(path: str | Path, what: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise CorruptFileError(f"cannot read the {what} file {path}: {error.strerror}") from None
+
+
+def map_file(path: str | Path, what: str) -> memoryview:
+    """The bytes of a file, mapped read-only: pages are read when they are used and shared by all processes that map the file.
+
+    Errors as `read_file`. For files written by `write_file(..., mapped=True)`, which are never changed in place.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"cannot read the {what} file {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,12 +5,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numba
 import pytest
 from typer.testing import CliRunner
 
-from hf_he.bench import report, runner, worker
-from hf_he.bench.operations import COMBINATION, LINEAR, PER_WEIGHT, PRIMITIVES, Instance
+from hf_he.bench import native, report, runner, worker
+from hf_he.bench.operations import BOOTSTRAP_SLOTS, COMBINATION, LINEAR, PER_WEIGHT, PRIMITIVES, Instance
 from hf_he.bench.runner import Library, LibraryError, Measurements, Process, Turns, find_libraries, measure
+from hf_he.ckks.parameters import CKKSParameters
 from hf_he.cli import app
 
 TOY = Instance(11, 4)
@@ -62,6 +64,21 @@ def test_what_was_timed_was_also_right(measured):
     for row in measured.rows:
         if row["library"] == "native":
             assert row["max_error"] < 1e-5, row["op"]
+
+
+@pytest.mark.filterwarnings("ignore:CKKS parameters with N")
+@pytest.mark.parametrize("name", ["bootstrap", "bootstrap_64_slots"])
+def test_bootstrapping_has_a_row_for_all_and_for_sparse_slots(monkeypatch, name):
+    toy = CKKSParameters.from_bits(11, 50, 40, 3, 50, 4, insecure=True, bootstrap=True)
+    monkeypatch.setattr(native, "parameter_set", lambda _: toy)
+    described, operations, absent = native.open_library(16, 32, numba.get_num_threads(), (name,), (0, 0))
+    operation = operations[name]
+    assert list(operations) == [name] and absent == {} and described["limbs"] == len(toy.full_moduli)
+    assert operation.check(operation.run()) < 2.0**-13
+    assert operation.details["slots"] == (BOOTSTRAP_SLOTS[name] or toy.slots)
+    assert operation.details["levels_left"] == 3 and operation.details["key_bytes"] > 0 and operation.details["keygen_s"] > 0
+    row = {**rows_of(native=5.0)[0], "op": name, "max_error": 1e-5, **operation.details}
+    assert report.wide_table([row])[1] == [[{"bootstrap": "bootstrap"}.get(name, "bootstrap, 2^6 slots"), "2^14 x 8", "5 (3 levels left, error 1.0e-05)", "-"]]
 
 
 def test_a_peer_is_measured_in_its_own_process_with_its_own_scale(measured):

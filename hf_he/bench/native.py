@@ -14,7 +14,7 @@ from hf_he.backends.native import NativeBackend
 from hf_he.bench import operations as names
 from hf_he.bench.worker import Operation
 from hf_he.ckks import ntt
-from hf_he.ckks.parameters import MAX_LOG2_QP, PARAMETER_SETS, CKKSParameters, parameter_set
+from hf_he.ckks.parameters import MAX_LOG2_QP, CKKSParameters, parameter_set
 
 VERSION = hf_he.__version__
 WEIGHT_BITS = 16
@@ -32,8 +32,8 @@ def open_library(
     log2_degree: int, limbs: int, threads: int, wanted: Sequence[str], shape: tuple[int, int]
 ) -> tuple[dict[str, Any], dict[str, Operation], dict[str, str]]:
     """The operations of `wanted` on fresh keys. Raises ParameterError for sets the engine does not have."""
-    if names.BOOTSTRAP in wanted:
-        return _bootstrapping(threads)
+    if wanted[0] in names.BOOTSTRAP_SLOTS:
+        return _bootstrapping(threads, wanted[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parameters = parameters_for(log2_degree, limbs)
@@ -69,28 +69,25 @@ def _describe(parameters: CKKSParameters, limbs: int) -> dict[str, Any]:
     }
 
 
-def _bootstrapping(threads: int) -> tuple[dict[str, Any], dict[str, Operation], dict[str, str]]:
+def _bootstrapping(threads: int, name: str) -> tuple[dict[str, Any], dict[str, Operation], dict[str, str]]:
     """Two ciphertexts' worth of real values ride in one bootstrap; a batch of one is measured, the result checked in every slot."""
-    if BOOTSTRAP_PARAMETERS not in PARAMETER_SETS:
-        return {}, {}, {names.BOOTSTRAP: "this engine does not bootstrap yet"}
-    parameters = parameter_set(BOOTSTRAP_PARAMETERS)
+    parameters, period = parameter_set(BOOTSTRAP_PARAMETERS), names.BOOTSTRAP_SLOTS[name]
     backend = _backend(parameters, threads)
-    if not backend.capabilities()["bootstrap"]:
-        return {}, {}, {names.BOOTSTRAP: "this engine does not bootstrap yet"}
     secret = backend.generate_secret_key()
     start = time.perf_counter()
-    keys = backend.generate_evaluation_keys(secret, (), bootstrapping=True)
+    keys = backend.generate_evaluation_keys(secret, (), bootstrapping=True, bootstrapping_slots=period)
     seconds = time.perf_counter() - start
     backend.load_evaluation_keys(keys)
-    values = np.random.default_rng(0).uniform(-1, 1, parameters.slots)
+    distinct = period or parameters.slots
+    values = np.tile(np.random.default_rng(0).uniform(-1, 1, distinct), parameters.slots // distinct)
     exhausted = backend.encrypt(values, secret, 0)
-    details = {"levels_left": parameters.max_level, "key_bytes": keys.bootstrapping.nbytes, "keygen_s": seconds}
+    details = {"slots": distinct, "levels_left": parameters.max_level, "key_bytes": keys.bootstrapping.nbytes, "keygen_s": seconds}
 
     def check(result) -> float:
         return float(np.abs(backend.decrypt(result, secret) - values).max())
 
     operation = Operation(lambda: backend.bootstrap(exhausted), check, details=details)
-    return _describe(parameters, len(parameters.full_moduli)), {names.BOOTSTRAP: operation}, {}
+    return _describe(parameters, len(parameters.full_moduli)), {name: operation}, {}
 
 
 def _primitives(backend: NativeBackend, secret: Any) -> dict[str, Operation]:

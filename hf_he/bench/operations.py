@@ -13,6 +13,9 @@ COMBINATION = "linear_combination"
 PER_WEIGHT = "linear_per_weight"
 WEIGHTED_SUM = "linear_weighted_sum"
 
+BOOTSTRAP_SLOTS = {BOOTSTRAP: 0, "bootstrap_4096_slots": 4096, "bootstrap_64_slots": 64}
+"""Bootstrapping of vectors that repeat after so many slots; 0: all slots are distinct."""
+
 PRIMITIVES = (ROTATE, HOISTED, MULTIPLY, NTT)
 LINEAR = (COMBINATION, PER_WEIGHT, WEIGHTED_SUM)
 
@@ -23,7 +26,7 @@ TITLES = {
     HOISTED: "8 hoisted rotations",
     MULTIPLY: "multiply, relinearise, rescale",
     NTT: "NTT, one limb, one core",
-    BOOTSTRAP: "bootstrap",
+    **{name: f"bootstrap, 2^{slots.bit_length() - 1} slots" if slots else "bootstrap" for name, slots in BOOTSTRAP_SLOTS.items()},
     COMBINATION: "linear, one call",
     PER_WEIGHT: "linear, per weight",
     WEIGHTED_SUM: "linear, weighted sums",

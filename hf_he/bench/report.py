@@ -96,7 +96,7 @@ def cell(row: Row) -> str:
         notes.append(f"{row['gmac_per_s']:.1f} GMAC/s")
     if row.get("note", "").startswith(("SEAL", "the wheel")):
         notes.append("not hoisted")
-    if row["op"] == BOOTSTRAP:
+    if "levels_left" in row:
         notes.append(f"{row['levels_left']} levels left, error {row['max_error']:.1e}")
     return f"{text} ({', '.join(notes)})" if notes else text
 

@@ -4,8 +4,9 @@ A ciphertext at level l has `limbs` = l + 1 rows; rows limbs..limbs+K-1 of the e
 `offset` further on in the chain. Digit j is the limbs j*alpha..(j+1)*alpha-1 that are present at this level.
 ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P.
 
-A key is stored [modulus][N/8][digit][2][8], residues packed in 4, 6 or 7 bytes: one sequential stream per modulus. Keys are pulled back through
-their automorphism, so that the inner product runs on the un-rotated digits and one gather at the end rotates the result.
+Both halves of a key are stored [modulus][N/8][digit][8], residues packed in 4, 6 or 7 bytes: two sequential streams per modulus, in memory or in
+a mapped file. Keys are pulled back through their automorphism, so that the inner product runs on the un-rotated digits and one gather at the end
+rotates the result.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hf_he.ckks.ntt import PAD
 from hf_he.ckks.number_theory import centred
 from hf_he.ckks.vector import WIDTH, add, fma, ld, ld_packed, mm, mul, packed_width, prefetch, red, round_mul, sp, st
 
-AHEAD = 16384
+AHEAD = 8192
 """Bytes between a key's prefetch and its use. Without it a key from memory takes twice as long."""
 
 
@@ -41,10 +42,10 @@ class SwitchTables(NamedTuple):
 
 
 class KeyTable(NamedTuple):
-    """Packed key-switching keys, one after another. Key i covers the first ciphertext moduli only, as many as its level needs, and the special ones."""
+    """Packed key-switching keys. Key i covers the first ciphertext moduli only, as many as its level needs, and the special ones."""
 
-    data: np.ndarray  # [bytes]
-    rows: np.ndarray  # [keys, M]: where the stream of each modulus begins, -1 for a modulus the key does not cover
+    halves: np.ndarray  # [keys, 2]: addresses of the b-half and the a-half
+    rows: np.ndarray  # [keys, M]: where in a half the stream of each modulus begins, -1 for a modulus the key does not cover
     digits: np.ndarray  # [keys]
 
 
@@ -165,22 +166,24 @@ def inner_product(digits, at, row, dnum, keys, i, k, width, a0, a1, q0, qi0, n):
     """a0, a1 = sum_j digits[at + j*row:] * key i modulo modulus k [:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
     q = sp(q0)
     qi = sp(qi0)
-    key = keys.data
-    o = keys.rows[i, k]
+    b = keys.halves[i, 0] + keys.rows[i, k]
+    a = keys.halves[i, 1] + keys.rows[i, k]
     group = WIDTH * width
-    skipped = 2 * (keys.digits[i] - dnum) * group
+    skipped = (keys.digits[i] - dnum) * group
     for c in range(0, n, WIDTH):
         s0 = sp(0.0)
         s1 = sp(0.0)
         for j in range(dnum):
             x = ld(digits, at + j * row + c)
-            k0 = ld_packed(key, o, width)
-            k1 = ld_packed(key, o + group, width)
-            prefetch(key, o + AHEAD)
-            prefetch(key, o + group + AHEAD)
+            k0 = ld_packed(b, width)
+            k1 = ld_packed(a, width)
+            prefetch(b + AHEAD)
+            prefetch(a + AHEAD)
             s0 = add(s0, mm(x, k0, mul(k0, qi), q))
             s1 = add(s1, mm(x, k1, mul(k1, qi), q))
-            o += 2 * group
-        o += skipped
+            b += group
+            a += group
+        b += skipped
+        a += skipped
         st(a0, c, red(s0, q, qi))
         st(a1, c, red(s1, q, qi))

@@ -1,6 +1,7 @@
 """Bytes of ciphertexts and keys in the container of hf_he.serialization, and defensive readers of them.
 
-Residues modulo a prime of b bits take ceil(b/8) bytes. Uniform halves (of evaluation keys, public keys, fresh ciphertexts encrypted under the secret
+Residues modulo a prime of b bits take ceil(b/8) bytes, those of evaluation keys what they take in memory (`keys.pack_half`), so that a file can be
+mapped and used where it is. Uniform halves (of evaluation keys, public keys, fresh ciphertexts encrypted under the secret
 key) are stored as 32-byte seeds. Rows are in the engine's NTT order. Readers raise CorruptFileError, or ParameterError for another
 backend or parameter set, and never allocate more than a small multiple of the file's size.
 """
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hf_he.ckks.context import Context
-from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys, expand_half, key_chain, key_digits
+from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys, expand_half, half_bytes, pack_half, residues_fit
 from hf_he.ckks.random import SEED_BYTES, uniform, uniform_into
 from hf_he.errors import CorruptFileError
 from hf_he.serialization import pack, pack_residues, unpack_for, unpack_residues
@@ -109,28 +110,11 @@ def read_ciphertext(context: Context, data: bytes) -> tuple[np.ndarray, np.ndarr
     return residues, None if seeds is None else seeds.copy(), level, scale, metadata["key_id"]
 
 
-def half_bytes(context: Context, limbs: int) -> int:
-    """Bytes of `pack_half` for a key of `limbs` ciphertext limbs."""
-    return key_digits(context, limbs) * context.ring_degree * sum(_width(context.chain[k]) for k in key_chain(context, limbs))
-
-
-def pack_half(context: Context, b: np.ndarray) -> np.ndarray:
-    """The b-half [digit, limbs + K, N] of a key, modulus after modulus, in ceil(bits/8) bytes per residue: [bytes] uint8."""
-    limbs = b.shape[1] - len(context.parameters.special_moduli)
-    return np.concatenate([_pack_rows(b[:, r], context.chain[k]).reshape(-1) for r, k in enumerate(key_chain(context, limbs))])
-
-
-def unpack_half(context: Context, packed: np.ndarray, limbs: int) -> np.ndarray:
-    """The inverse, of `half_bytes` bytes. Raises CorruptFileError for a residue that is none."""
-    chain = key_chain(context, limbs)
-    b = np.empty((key_digits(context, limbs), len(chain), context.ring_degree))
-    start = 0
-    for r, k in enumerate(chain):
-        width = _width(context.chain[k])
-        size = b.shape[0] * b.shape[2] * width
-        b[:, r] = unpack_residues(packed[start : start + size].reshape(b.shape[0], b.shape[2], width), context.chain[k])
-        start += size
-    return b
+def checked_half(context: Context, packed: np.ndarray, limbs: int, kind: str) -> np.ndarray:
+    """`packed`, the b-half of a key in a file. Raises CorruptFileError for a residue that is none."""
+    if not residues_fit(context, packed, limbs):
+        raise CorruptFileError(f"a residue in this {kind} file is not below its modulus: write it again with this version of hf_he")
+    return packed
 
 
 def write_switching_keys(context: Context, keys: SwitchingKeys, rotations: frozenset[int], levels: Mapping[int, int], conjugation: bool, key_id: str) -> bytes:
@@ -141,7 +125,7 @@ def write_switching_keys(context: Context, keys: SwitchingKeys, rotations: froze
         chosen.append(keys.index[context.conjugation_element])
     reached = [levels.get(s, context.limbs - 1) for s in steps]
     arrays = {"rotations": np.array(steps, dtype=np.int64), "levels": np.array(reached, dtype=np.int64), "seeds": keys.seeds[chosen]}
-    arrays |= {_key_name(i): pack_half(context, keys.half(context, key)) for i, key in enumerate(chosen)}
+    arrays |= {_key_name(i): keys.halves[key][0] for i, key in enumerate(chosen)}
     return pack("evaluation_keys", arrays, _metadata(context, key_id, conjugation=str(int(conjugation))))
 
 
@@ -150,7 +134,10 @@ def _key_name(i: int) -> str:
 
 
 def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, frozenset[int], dict[int, int], bool, str]:
-    """The inverse: keys with their uniform halves regenerated, rotations, levels of those below the top, conjugation, key id."""
+    """The inverse: keys, rotations, levels of those below the top, conjugation, key id.
+
+    The keys read their b-halves where they are in `data`, which may be a mapped file and must not change; the others are regenerated.
+    """
     kind = "evaluation_keys"
     arrays, metadata = _open(context, data, kind)
     if metadata.get("conjugation") not in ("0", "1"):
@@ -175,7 +162,7 @@ def read_switching_keys(context: Context, data: bytes) -> tuple[SwitchingKeys, f
     keys = SwitchingKeys(context, limbs, index)
     for i, count in enumerate(limbs):
         seed = seeds[i].tobytes()
-        keys.fill(context, i, seed, unpack_half(context, packed[i], count), expand_half(context, seed, count))
+        keys.fill(i, seed, checked_half(context, packed[i], count, kind), pack_half(context, expand_half(context, seed, count)))
     reached = {s: int(level) for s, level in zip(steps, levels, strict=True) if level < context.limbs - 1}
     return keys, frozenset(steps), reached, conjugation, metadata["key_id"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numba import prange
@@ -14,7 +15,7 @@ from hf_he.ckks.context import Context
 from hf_he.ckks.conversion import KeyTable
 from hf_he.ckks.jit import KERNEL_LOCK, kernel
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
-from hf_he.ckks.vector import WIDTH, add, ld, ld_packed, mm, mul, red, sp, st, st_packed, sub
+from hf_he.ckks.vector import WIDTH, add, larger, ld, ld_packed, mm, mul, red, sp, st, st_packed, sub
 
 
 class SecretKey(SecretKeyBase):
@@ -64,6 +65,29 @@ def key_digits(context: Context, limbs: int) -> int:
     return -(-limbs // context.alpha)
 
 
+def half_bytes(context: Context, limbs: int) -> int:
+    """Bytes of a packed half of a key for `limbs` ciphertext limbs."""
+    return key_digits(context, limbs) * context.ring_degree * int(context.switch.widths[key_chain(context, limbs)].sum())
+
+
+def pack_half(context: Context, half: np.ndarray) -> np.ndarray:
+    """[digit, limbs + K, N] centred residues to [half_bytes] uint8, in the order of conversion.inner_product."""
+    limbs = half.shape[1] - len(context.parameters.special_moduli)
+    packed = np.empty(half_bytes(context, limbs), dtype=np.uint8)
+    with KERNEL_LOCK:
+        _pack(half, packed.ctypes.data, context.switch.widths[key_chain(context, limbs)])
+    return packed
+
+
+def residues_fit(context: Context, packed: np.ndarray, limbs: int) -> bool:
+    """Whether every residue of a packed half [half_bytes] is centred, within (q + 1)/2."""
+    chain = key_chain(context, limbs)
+    largest = np.zeros((len(chain), WIDTH))
+    with KERNEL_LOCK:
+        _largest(packed.ctypes.data, context.switch.widths[chain], key_digits(context, limbs) * context.ring_degree, largest)
+    return bool((2 * largest.max(axis=1) <= context.tables.moduli[chain, 0] + 1).all())
+
+
 def expand_half(context: Context, seed: bytes, limbs: int) -> np.ndarray:
     """[digit, limbs + K, N]: the uniform half of a key."""
     chain = key_chain(context, limbs)
@@ -85,25 +109,26 @@ def switching_halves(context: Context, source: np.ndarray, target: np.ndarray, l
 
 
 class SwitchingKeys:
-    """Packed key-switching keys in memory, the a-half of each expanded from its seed.
+    """Packed key-switching keys: their b-halves in memory or in mapped files, their a-halves expanded from seeds.
 
     Key 0 relinearises; `index` maps a Galois element to its key, which is stored pulled back through the automorphism. Key i serves ciphertexts of
     at most `limbs[i]` limbs.
     """
 
     def __init__(self, context: Context, limbs: Sequence[int], index: dict[int, int]) -> None:
-        """Room for keys of these sizes."""
+        """No keys yet; `fill` adds them."""
         self.limbs = np.array(limbs, dtype=np.int64)
         self.index = index
         self.seeds = np.zeros((len(limbs), SEED_BYTES), dtype=np.uint8)
+        self.halves: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, dtype=np.uint8),) * 2] * len(limbs)
         self.fingerprint = context.parameters.fingerprint
-        rows, size = np.full((len(limbs), len(context.chain)), -1, dtype=np.int64), 0
+        rows = np.full((len(limbs), len(context.chain)), -1, dtype=np.int64)
         digits = np.array([key_digits(context, count) for count in limbs], dtype=np.int64)
         for i, count in enumerate(limbs):
-            for k in key_chain(context, count):
-                rows[i, k] = size
-                size += 2 * digits[i] * context.ring_degree * context.switch.widths[k]
-        self.table = KeyTable(np.empty(size, dtype=np.uint8), rows, digits)
+            chain = key_chain(context, count)
+            sizes = digits[i] * context.ring_degree * context.switch.widths[chain]
+            rows[i, chain] = np.cumsum(sizes) - sizes
+        self.table = KeyTable(np.zeros((len(limbs), 2), dtype=np.int64), rows, digits)
 
     def __repr__(self) -> str:
         return f"SwitchingKeys({len(self)} keys)"
@@ -113,8 +138,8 @@ class SwitchingKeys:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.table.data.nbytes
+        """Bytes of both halves of all keys."""
+        return sum(half.nbytes for halves in self.halves for half in halves)
 
     @classmethod
     def generate(
@@ -125,24 +150,22 @@ class SwitchingKeys:
         keys = cls(context, limbs, {g: i + 1 for i, g in enumerate(galois_elements)})
         pairs = galois_secrets(context, secret_key, galois_elements)
         for i, (source, target) in enumerate(pairs):
-            keys.fill(context, i, *switching_halves(context, source, target, limbs[i]))
+            seed, b, a = switching_halves(context, source, target, limbs[i])
+            keys.fill(i, seed, pack_half(context, b), pack_half(context, a))
             if progress is not None:
                 progress(i + 1, len(keys))
         return keys
 
-    def fill(self, context: Context, i: int, seed: bytes, b: np.ndarray, a: np.ndarray) -> None:
-        """Store key i from its seed and its halves [digit, limbs + K, N]."""
+    def fill(self, i: int, seed: bytes, b: np.ndarray, a: np.ndarray) -> None:
+        """Use these packed halves [half_bytes] as key i, without a copy; nothing may write to them again."""
         self.seeds[i] = np.frombuffer(seed, dtype=np.uint8)
-        with KERNEL_LOCK:
-            _pack(b, a, self.table, i, key_chain(context, int(self.limbs[i])), context.switch.widths)
+        self.halves[i] = b, a
+        self.table.halves[i] = b.ctypes.data, a.ctypes.data
 
-    def half(self, context: Context, i: int) -> np.ndarray:
-        """The b-half of key i: [digit, limbs + K, N]."""
-        chain = key_chain(context, int(self.limbs[i]))
-        out = np.empty((self.table.digits[i], len(chain), context.ring_degree))
-        with KERNEL_LOCK:
-            _unpack(self.table, i, chain, context.switch.widths, out)
-        return out
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's halves lie elsewhere."""
+        self.__dict__.update(state)
+        self.table.halves[:] = [(b.ctypes.data, a.ctypes.data) for b, a in self.halves]
 
 
 def galois_secrets(context: Context, secret_key: SecretKey, galois_elements: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -187,29 +210,25 @@ def _square(x, out, moduli):
 
 
 @kernel(parallel=True)
-def _pack(b, a, keys, i, chain, widths):
-    """[digit, modulus, N] halves to the streams of key i."""
-    digits, rows, n = b.shape
+def _pack(half, address, widths):
+    """[digit, modulus, N] residues to one stream per modulus."""
+    digits, rows, n = half.shape
     for r in prange(rows):
-        k = chain[r]
-        width = widths[k]
-        o = keys.rows[i, k]
+        width = widths[r]
+        o = address + digits * n * widths[:r].sum()
         for c in range(0, n, WIDTH):
             for j in range(digits):
-                st_packed(keys.data, o, width, ld(b[j, r], c))
-                st_packed(keys.data, o + WIDTH * width, width, ld(a[j, r], c))
-                o += 2 * WIDTH * width
+                st_packed(o, width, ld(half[j, r], c))
+                o += WIDTH * width
 
 
 @kernel(parallel=True)
-def _unpack(keys, i, chain, widths, b):
-    """The b-half of key i to [digit, modulus, N]."""
-    digits, rows, n = b.shape
-    for r in prange(rows):
-        k = chain[r]
-        width = widths[k]
-        o = keys.rows[i, k]
-        for c in range(0, n, WIDTH):
-            for j in range(digits):
-                st(b[j, r], c, ld_packed(keys.data, o, width))
-                o += 2 * WIDTH * width
+def _largest(address, widths, count, largest):
+    """Largest magnitudes of the `count` residues of each stream, lane by lane: [modulus, 8]."""
+    for r in prange(widths.size):
+        width = widths[r]
+        start = address + count * widths[:r].sum()
+        found = sp(0.0)
+        for o in range(start, start + count * width, WIDTH * width):
+            found = larger(found, ld_packed(o, width))
+        st(largest[r], 0, found)

@@ -18,7 +18,7 @@ def mod_up(source, alpha, offset, tables, switch, scratch, threads):
     limbs = source.shape[0]
     rows = tables.moduli.shape[0] - offset
     n1 = tables.roots1.shape[2]
-    n2 = tables.roots2.shape[2]
+    n2 = tables.roots2.shape[3]
     size = n1 * COLUMNS
     dnum = (limbs + alpha - 1) // alpha
     tasks = dnum * (n2 // COLUMNS)
@@ -58,7 +58,7 @@ def _digit_rows(source, r, alpha, offset, tables, scratch):
             for c in range(0, n, 8):
                 st(target, c, ld(own, c))
         else:
-            forward_rest(target, target, tables, k)
+            forward_rest(target, target, tables, k, False)
     return dnum
 
 
@@ -68,7 +68,7 @@ def _lift(limbs, offset, tables, switch, scratch, threads):
     extra = tables.moduli.shape[0] - offset - limbs
     first = limbs + offset
     n1 = tables.roots1.shape[2]
-    n2 = tables.roots2.shape[2]
+    n2 = tables.roots2.shape[3]
     size = n1 * COLUMNS
     blocks = n2 // COLUMNS
     for t in prange(threads):
@@ -92,7 +92,7 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
     An automorphism takes whole blocks of COLUMNS columns to whole blocks, so that every gather reads a block in L1.
     """
     n = out.size
-    n2 = tables.roots2.shape[2]
+    n2 = tables.roots2.shape[3]
     block = n2 * COLUMNS
     q0 = tables.moduli[k, 0]
     qi0 = tables.moduli[k, 1]
@@ -105,7 +105,7 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
         source = o
         if moving:
             source = permutation[o] // block * block
-        forward_second(lifted[source : source + block], u, tables.roots2[k], tables.twists[k, 0, source : source + block], q0, qi0, n2)
+        forward_second(lifted[source : source + block], u, tables.roots2[k, source // block], tables.twists[k], q0, qi0, n2)
         for c in range(0, block, 8):
             z = mm(sub(ld(accumulator, source + c), ld(u, c)), w, wi, q)
             if use_addend:
@@ -270,7 +270,7 @@ def rescale_rows(c, out, last, tables, switch, scratch, threads):
             qi = sp(tables.moduli[k, 1])
             w = sp(switch.last_inverse[top, k, 0])
             wi = sp(switch.last_inverse[top, k, 1])
-            forward(last[r], temporary, scratch.block[t], tables, k)
+            forward(last[r], temporary, scratch.block[t], tables, k, False)
             x = c[r, k]
             z = out[r, k]
             for j in range(0, n, 8):

@@ -18,7 +18,7 @@ from numba import prange
 
 from hf_he.ckks.jit import kernel
 from hf_he.ckks.number_theory import powers, primitive_root_of_unity
-from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st, sub, transpose8
+from hf_he.ckks.vector import add, ld, mm, red, sp, st, sub, transpose8
 
 COLUMNS = 16
 PAD = 64
@@ -26,12 +26,16 @@ PAD = 64
 
 
 class NTTTables(NamedTuple):
-    """Per modulus k: q, 1/q; roots of the two column transforms (forward w, w/q, inverse v, v/q); twists (forward, inverse with 1/N)."""
+    """Per modulus k: q, 1/q; roots of the two column transforms and twists, each as forward w, w/q, inverse v, v/q (the inverse twists with 1/N).
+
+    The twist of column c, row r is psi^(r * (2*rev(c) + 1)). What the columns of one block share of it is part of that block's roots, the rest is
+    the same for every block: N/4 + 64 n2 doubles in all, which stay in L2 where a table of N would not.
+    """
 
     moduli: np.ndarray  # [M, 2]
     roots1: np.ndarray  # [M, 4, n1]
-    roots2: np.ndarray  # [M, 4, n2]
-    twists: np.ndarray  # [M, 2, N]
+    roots2: np.ndarray  # [M, n1/COLUMNS, 4, n2]
+    twists: np.ndarray  # [M, 4, n2*COLUMNS]
 
 
 def split_degree(ring_degree: int) -> tuple[int, int]:
@@ -77,20 +81,21 @@ def automorphism(ring_degree: int, galois: int) -> np.ndarray:
 def make_tables(ring_degree: int, moduli: tuple[int, ...]) -> NTTTables:
     """Tables for all `moduli`, from exact integers."""
     n1, n2 = split_degree(ring_degree)
+    order, blocks, count = 2 * ring_degree, n1 // COLUMNS, len(moduli)
     rev1, rev2 = bit_reversal(n1), bit_reversal(n2)
-    order = 2 * ring_degree
-    twist = _to_ntt_layout(np.arange(n2)[:, None] * (2 * rev1[None, :] + 1 - n1)) % order
-    count = len(moduli)
-    tables = NTTTables(np.zeros((count, 2)), np.zeros((count, 4, n1)), np.zeros((count, 4, n2)), np.zeros((count, 2, ring_degree)))
+    strides = np.array([0] + [n2 >> index.bit_length() for index in range(1, n2)])
+    shared = 2 * bit_reversal(blocks)[:, None] + 1
+    first, second = n2 * rev1, (n1 * (rev2 - strides) + strides * shared) % order
+    twist = (np.arange(n2)[:, None] * bit_reversal(COLUMNS) * (n1 // (COLUMNS // 2)) % order).reshape(-1)
+    tables = NTTTables(np.zeros((count, 2)), np.zeros((count, 4, n1)), np.zeros((count, blocks, 4, n2)), np.zeros((count, 4, n2 * COLUMNS)))
     for k, q in enumerate(moduli):
         psi = primitive_root_of_unity(order, q)
         plain = powers(psi, order, q)
         scaled = powers(psi, order, q, start=pow(ring_degree, -1, q))
         tables.moduli[k] = q, 1 / q
-        for roots, index in ((tables.roots1[k], n2 * rev1), (tables.roots2[k], n1 * rev2)):
-            roots[0], roots[2] = plain[index], plain[-index % order]
-            roots[1], roots[3] = roots[0] / q, roots[2] / q
-        tables.twists[k] = plain[twist], scaled[-twist % order]
+        for target, exponents, inverse in ((tables.roots1[k], first, plain), (tables.roots2[k], second, plain), (tables.twists[k], twist, scaled)):
+            target[..., 0, :], target[..., 2, :] = plain[exponents], inverse[-exponents % order]
+            target[..., 1, :], target[..., 3, :] = target[..., 0, :] / q, target[..., 2, :] / q
     return tables
 
 
@@ -193,6 +198,15 @@ def inverse_columns(u, size, roots, q0, qi0):
 
 
 @kernel
+def reduce_row(x, y, q0, qi0):
+    """y = x mod q, centred."""
+    q = sp(q0)
+    qi = sp(qi0)
+    for c in range(0, x.size, 8):
+        st(y, c, red(ld(x, c), q, qi))
+
+
+@kernel
 def forward_first(u, c, y, roots, q, qi, n1, n2):
     """First half for column block c, coefficients c*n1*COLUMNS and on, |u| <= 0.6 q: column transforms of u in place, transposed into y."""
     forward_columns(u, n1, roots, q, qi)
@@ -206,29 +220,32 @@ def forward_first(u, c, y, roots, q, qi, n1, n2):
 def forward_second(x, y, roots, twists, q, qi, n2):
     """Second half of one block x [n2][COLUMNS] of the first half's result, into y (which may be x): twist, column transforms."""
     vq = sp(q)
-    vi = sp(qi)
     for k in range(0, n2 * COLUMNS, 8):
-        w = ld(twists, k)
-        st(y, k, mm(ld(x, k), w, mul(w, vi), vq))
+        st(y, k, mm(ld(x, k), ld(twists[0], k), ld(twists[1], k), vq))
     forward_columns(y, n2, roots, q, qi)
 
 
 @kernel
-def forward_rest(x, y, tables, k):
-    """The second half of every block of row x into y: |y| <= 2 q, not reduced."""
-    n2 = tables.roots2.shape[2]
+def forward_rest(x, y, tables, k, centred):
+    """The second half of every block of row x into y: |y| <= 2 q, reduced if `centred`."""
+    q = tables.moduli[k, 0]
+    qi = tables.moduli[k, 1]
+    n2 = tables.roots2.shape[3]
     block = n2 * COLUMNS
-    for o in range(0, tables.twists.shape[2], block):
-        forward_second(x[o : o + block], y[o : o + block], tables.roots2[k], tables.twists[k, 0, o : o + block], tables.moduli[k, 0], tables.moduli[k, 1], n2)
+    for b in range(tables.roots2.shape[1]):
+        z = y[b * block : (b + 1) * block]
+        forward_second(x[b * block : (b + 1) * block], z, tables.roots2[k, b], tables.twists[k], q, qi, n2)
+        if centred:
+            reduce_row(z, z, q, qi)
 
 
 @kernel
-def forward(x, y, u, tables, k):
-    """NTT modulo modulus k: x (coefficients) -> y; |y| <= 2 q, not reduced. u is scratch for one block."""
+def forward(x, y, u, tables, k, centred):
+    """NTT modulo modulus k: x (coefficients) -> y; |y| <= 2 q, reduced if `centred`. u is scratch for one block."""
     q = tables.moduli[k, 0]
     qi = tables.moduli[k, 1]
     n1 = tables.roots1.shape[2]
-    n2 = tables.roots2.shape[2]
+    n2 = tables.roots2.shape[3]
     vq = sp(q)
     vi = sp(qi)
     for c in range(n2 // COLUMNS):
@@ -236,7 +253,7 @@ def forward(x, y, u, tables, k):
         for j in range(0, n1 * COLUMNS, 8):
             st(u, j, red(ld(x, base + j), vq, vi))
         forward_first(u, c, y, tables.roots1[k], q, qi, n1, n2)
-    forward_rest(y, y, tables, k)
+    forward_rest(y, y, tables, k, centred)
 
 
 @kernel
@@ -245,18 +262,16 @@ def inverse(y, x, u, tables, k):
     q = tables.moduli[k, 0]
     qi = tables.moduli[k, 1]
     n1 = tables.roots1.shape[2]
-    n2 = tables.roots2.shape[2]
+    n2 = tables.roots2.shape[3]
     vq = sp(q)
-    vi = sp(qi)
     block = n2 * COLUMNS
-    twists = tables.twists[k, 1]
+    twists = tables.twists[k]
     for c in range(n1 // COLUMNS):
         for j in range(0, block, 8):
             st(u, j, ld(y, c * block + j))
-        inverse_columns(u, n2, tables.roots2[k], q, qi)
+        inverse_columns(u, n2, tables.roots2[k, c], q, qi)
         for j in range(0, block, 8):
-            w = ld(twists, c * block + j)
-            st(u, j, mm(ld(u, j), w, mul(w, vi), vq))
+            st(u, j, mm(ld(u, j), ld(twists[2], j), ld(twists[3], j), vq))
         for r in range(0, n2, 8):
             o = (r // COLUMNS) * n1 * COLUMNS + c * COLUMNS * COLUMNS + r % COLUMNS
             for j in range(0, COLUMNS, 8):
@@ -266,15 +281,6 @@ def inverse(y, x, u, tables, k):
         inverse_columns(x[c * block : (c + 1) * block], n1, tables.roots1[k], q, qi)
 
 
-@kernel
-def reduce_row(x, y, q0, qi0):
-    """y = x mod q, centred."""
-    q = sp(q0)
-    qi = sp(qi0)
-    for c in range(0, x.size, 8):
-        st(y, c, red(ld(x, c), q, qi))
-
-
 @kernel(parallel=True)
 def forward_rows(x, y, chain, tables, scratch, threads):
     """NTT of rows x [R, N] modulo moduli chain[r] into y [R, N], centred. One source row may serve several moduli: x [R / r, N]."""
@@ -282,9 +288,7 @@ def forward_rows(x, y, chain, tables, scratch, threads):
     group = rows // x.shape[0]
     for t in prange(threads):
         for r in range(t, rows, threads):
-            k = chain[r]
-            forward(x[r // group], y[r], scratch[t], tables, k)
-            reduce_row(y[r], y[r], tables.moduli[k, 0], tables.moduli[k, 1])
+            forward(x[r // group], y[r], scratch[t], tables, chain[r], True)
 
 
 @kernel(parallel=True)

@@ -106,21 +106,20 @@ def packed_width(modulus: int) -> int:
     return 4 if modulus < 1 << 31 else 6 if modulus < 1 << 47 else 7
 
 
-def _part(context, builder, array_type, array, index, offset, bits):
-    """Pointer to eight integers of `bits` bits, `offset` bytes after byte `index`."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [builder.add(index, ir.Constant(index.type, offset))]), _INTEGERS[bits].as_pointer())
+def _part(builder, address, offset, bits):
+    """Pointer to eight integers of `bits` bits, `offset` bytes after `address`."""
+    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), _INTEGERS[bits].as_pointer())
 
 
 @intrinsic
-def ld_packed(typingctx, array, index, width):
-    """Eight integers from bytes: low 32 bits, then for width > 4 the next 16, for width 7 the last 8, every part signed."""
+def ld_packed(typingctx, address, width):
+    """Eight integers from the bytes at an address: low 32 bits, then for width > 4 the next 16, for width 7 the last 8, every part signed."""
 
     def generate(context, builder, signature, args):
-        array, index, width = args
+        address, width = args
 
         def part(offset, bits):
-            return builder.load(_part(context, builder, signature.args[0], array, index, offset, bits), align=1)
+            return builder.load(_part(builder, address, offset, bits), align=1)
 
         def joined(high):
             return _fma(builder, builder.sitofp(high, _VECTOR), ir.Constant(_VECTOR, [ir.Constant(_DOUBLE, 2.0**32)] * WIDTH), low)
@@ -142,40 +141,38 @@ def ld_packed(typingctx, array, index, width):
             value.add_incoming(incoming, block)
         return value
 
-    return vector8(array, types.intp, types.intp), generate
+    return vector8(types.intp, types.intp), generate
 
 
 @intrinsic
-def st_packed(typingctx, array, index, width, value):
+def st_packed(typingctx, address, width, value):
     """The inverse of `ld_packed` for integers that fit: |x| < 2^31, 2^47 or 2^55."""
 
     def generate(context, builder, signature, args):
-        array, index, width, value = args
+        address, width, value = args
         whole = builder.fptosi(value, _INTEGERS[64])
         for offset, bits, needed in ((0, 32, 0), (32, 16, 6), (48, 8, 7)):
             part = builder.trunc(whole, _INTEGERS[bits])
             with builder.if_then(builder.icmp_signed(">=", width, ir.Constant(width.type, needed))):
-                builder.store(part, _part(context, builder, signature.args[0], array, index, offset, bits), align=1)
+                builder.store(part, _part(builder, address, offset, bits), align=1)
             whole = builder.ashr(builder.sub(whole, builder.sext(part, _INTEGERS[64])), ir.Constant(_INTEGERS[64], [bits] * WIDTH))
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.intp, vector8), generate
+    return types.void(types.intp, types.intp, vector8), generate
 
 
 @intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of element `index`, which may lie beyond the array (of any type)."""
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which may lie beyond any memory of the process."""
 
     def generate(context, builder, signature, args):
         byte_pointer = ir.IntType(8).as_pointer()
         signature_type = ir.FunctionType(ir.VoidType(), [byte_pointer, _INT32, _INT32, _INT32])
         function = cgutils.get_or_insert_function(builder.module, signature_type, "llvm.prefetch.p0")
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte_pointer)
-        builder.call(function, [address, _INT32(0), _INT32(3), _INT32(1)])
+        builder.call(function, [builder.inttoptr(args[0], byte_pointer), _INT32(0), _INT32(3), _INT32(1)])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    return types.void(types.intp), generate
 
 
 @intrinsic
@@ -211,6 +208,18 @@ mul = _binary(lambda builder, x, y: builder.fmul(x, y))
 round_mul = _binary(_round_product)
 fma = _ternary(_fma)
 red = _ternary(lambda builder, x, q, qi: _fma(builder, builder.fneg(_round_product(builder, x, qi)), q, x))
+
+
+@intrinsic
+def larger(typingctx, x, y):
+    """Lane by lane the larger of x and |y|."""
+
+    def generate(context, builder, signature, args):
+        size = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), "llvm.fabs.v8f64")
+        most = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 2), "llvm.maxnum.v8f64")
+        return builder.call(most, [args[0], builder.call(size, [args[1]])])
+
+    return vector8(vector8, vector8), generate
 
 
 @intrinsic

@@ -219,16 +219,17 @@ def _run(parts: tuple[str, ...], quick: bool, peers: Path, threads: int, rounds:
 
 
 def _primitives(libraries: list, quick: bool, turns: Any, found: Any, announce: Callable[[str], None]) -> None:
-    """Bootstrapping is measured one library after another: the keys of two would not fit into memory."""
-    from hf_he.bench.operations import BOOTSTRAP, BOOTSTRAP_SET, PARAMETER_SETS, PRIMITIVES
-    from hf_he.bench.runner import Turns, measure
+    """Bootstrapping is measured one library after another, of sparse slots the engine's alone: the keys of two would not fit into memory."""
+    from hf_he.bench.operations import BOOTSTRAP, BOOTSTRAP_SET, BOOTSTRAP_SLOTS, PARAMETER_SETS, PRIMITIVES
+    from hf_he.bench.runner import NATIVE, Turns, measure
 
     for instance in PARAMETER_SETS[:1] if quick else PARAMETER_SETS:
         measure(libraries, instance, PRIMITIVES, turns, found, announce)
     if quick:
         return
-    for library in libraries:
-        measure([library], BOOTSTRAP_SET, (BOOTSTRAP,), Turns(rounds=1, runs=2, threads=turns.threads), found, announce)
+    for name in BOOTSTRAP_SLOTS:
+        for library in libraries if name == BOOTSTRAP else [library for library in libraries if library.name == NATIVE]:
+            measure([library], BOOTSTRAP_SET, (name,), Turns(rounds=1, runs=2, threads=turns.threads), found, announce)
 
 
 def _linear(libraries: list, quick: bool, turns: Any, found: Any, announce: Callable[[str], None]) -> None:

@@ -1,5 +1,7 @@
 """Key and ciphertext files: halved by seeds, exact, and safe to read from a stranger."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from hf_he.ckks.parameters import parameter_set
 from hf_he.ckks.vector import ld, ld_packed, packed_width, st_packed
 from hf_he.ckks.vector import st as st_store
 from hf_he.errors import CorruptFileError, HEError, MissingKeyError, ParameterError, SecretKeyOnServerError
-from hf_he.serialization import pack, unpack
+from hf_he.serialization import map_file, pack, unpack, write_file
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,11 @@ def test_seeds_follow_views_of_fresh_ciphertexts(party):
 
 
 def test_key_sizes_at_n14():
-    """A key of n14 takes 3.9 MB, so that 60 rotations stay well below 400 MB."""
+    """A key of n14 takes 4.1 MB, so that 60 rotations stay well below 400 MB."""
     backend = NativeBackend(parameter_set("n14"))
     secret = backend.generate_secret_key()
     sizes = [len(backend.serialize(backend.generate_evaluation_keys(secret, steps))) for steps in ((1,), (1, 2))]
-    assert 60 * (sizes[1] - sizes[0]) + sizes[0] < 250e6
+    assert 60 * (sizes[1] - sizes[0]) + sizes[0] < 260e6
 
 
 def test_keys_can_be_dropped_before_sending(party):
@@ -75,6 +77,33 @@ def test_keys_can_be_dropped_before_sending(party):
     server = NativeBackend(backend.parameters)
     server.load_evaluation_keys(fewer)
     assert np.allclose(backend.decrypt(server.rotate(ct, [4]), secret)[0], np.roll(values, -4, axis=-1), atol=1e-6)
+
+
+def test_copies_of_keys_read_their_own_halves(party):
+    backend, secret, keys, values, ct = party
+    for copied in (copy.deepcopy(keys), pickle.loads(pickle.dumps(keys))):
+        addresses = copied.payload.table.halves
+        assert not np.isin(addresses, keys.payload.table.halves).any()
+        assert np.array_equal(addresses, [[half.ctypes.data for half in halves] for halves in copied.payload.halves])
+        server = NativeBackend(backend.parameters)
+        server.load_evaluation_keys(copied)
+        assert np.allclose(backend.decrypt(server.rotate(ct, [4]), secret)[0], np.roll(values, -4, axis=-1), atol=1e-6)
+
+
+def test_keys_are_mapped_from_their_file(party, tmp_path):
+    """A server's keys lie in the file, not in its memory, whether the file is replaced or deleted meanwhile."""
+    backend, secret, keys, values, ct = party
+    path = tmp_path / "evaluation.keys"
+    write_file(path, backend.serialize(keys), mapped=True)
+    assert path.stat().st_mode & 0o777 == 0o444
+    loaded = backend.deserialize(map_file(path, "evaluation-key"), "evaluation_keys")
+    assert all(not b.flags.writeable and a.flags.writeable for b, a in loaded.payload.halves)
+    other = backend.serialize(backend.generate_evaluation_keys(backend.generate_secret_key(), [1, 4, -1], conjugation=True))
+    for change in (lambda: write_file(path, other, mapped=True), path.unlink):
+        change()
+        server = NativeBackend(backend.parameters)
+        server.load_evaluation_keys(loaded)
+        assert np.allclose(backend.decrypt(server.rotate(ct, [4]), secret)[0], np.roll(values, -4, axis=-1), atol=1e-6)
 
 
 def test_servers_refuse_secret_and_foreign_keys(party):
@@ -123,7 +152,7 @@ def test_inconsistent_ciphertexts_are_refused(party, change):
         lambda a, m: a.update(rotations=np.arange(1, 400, dtype=np.int64)),
         lambda a, m: a.update(rotations=a["rotations"].astype(np.float64)),
         lambda a, m: a.update(seeds=a["seeds"][:-1]),
-        lambda a, m: a["key.00002"].fill(255),
+        lambda a, m: a["key.00002"].fill(127),
         lambda a, m: a.pop("key.00004"),
         lambda a, m: m.update(conjugation="yes"),
     ],
@@ -178,7 +207,8 @@ def test_keys_for_lower_levels_are_smaller_and_work_there_only(party):
     assert keys.levels == {1: 1, backend.parameters.slots - 4: 2} and len(data) < 1.3 * len(backend.serialize(whole))
     loaded = backend.deserialize(data, "evaluation_keys")
     assert (loaded.rotations, loaded.levels) == (keys.rotations, keys.levels)
-    assert np.array_equal(loaded.payload.table.data, keys.payload.table.data)
+    for mine, theirs in zip(loaded.payload.halves, keys.payload.halves, strict=True):
+        assert all(map(np.array_equal, mine, theirs))
     server = NativeBackend(backend.parameters)
     server.load_evaluation_keys(loaded)
     for level in range(top + 1):
@@ -207,13 +237,13 @@ def test_packed_residues_of_keys_are_exact(bits, seed):
     values[:4] = half, -half, 0, 2.0**31 if half >= 2**31 else half
     width = packed_width(modulus)
     packed, back = np.zeros(64 * width, dtype=np.uint8), np.empty(64)
-    packed_round_trip(values, packed, back, width)
+    packed_round_trip(values, packed.ctypes.data, back, width)
     assert np.array_equal(values, back)
 
 
 @kernel
 def packed_round_trip(values, packed, back, width):
     for c in range(0, values.size, 8):
-        st_packed(packed, c * width, width, ld(values, c))
+        st_packed(packed + c * width, width, ld(values, c))
     for c in range(0, values.size, 8):
-        st_store(back, c, ld_packed(packed, c * width, width))
+        st_store(back, c, ld_packed(packed + c * width, width))

@@ -13,8 +13,9 @@ from mutation import NUMBERS, STRINGS, Outcomes, damaged, generator, json_value,
 from hf_he.backends import get_backend
 from hf_he.checkpoints import model_fingerprint
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
+from hf_he.ckks.vector import packed_width
 from hf_he.keys import Keys, ServerKeys
-from hf_he.serialization import pack, peek, unpack, unpack_residues
+from hf_he.serialization import pack, peek, unpack, unpack_residues, write_file
 
 KINDS = ("ciphertext", "evaluation_keys", "public_key", "secret_key")
 SEALED, DAMAGED = 700, 600
@@ -97,20 +98,38 @@ def test_files_of_another_kind_backend_or_parameter_set_never_pass(party, kind):
                 reader.deserialize(data, wanted)
 
 
-def last_residues(parameters, arrays):
-    """(array, modulus, end of its last residue in bytes, bytes per residue): an array per modulus, or a key with one modulus after another."""
+def packed_last(value, width):
+    """The last lane of eight packed residues of a key (see vector.ld_packed): [(bytes from the end of the eight, part)]."""
+    parts, end = [], 8 * width
+    for size in {4: (4,), 6: (4, 2), 7: (4, 2, 1)}[width]:
+        low = (value + (1 << 8 * size - 1)) % (1 << 8 * size) - (1 << 8 * size - 1)
+        parts.append((end - 7 * size, low.to_bytes(size, "little", signed=True)))
+        value, end = (value - low) >> 8 * size, end - 8 * size
+    return parts
+
+
+def forged_residues(parameters, arrays):
+    """(array, copy whose last residue of a modulus is out of range): an array per modulus, or a key with one modulus after another."""
     moduli = (*parameters.moduli, *parameters.special_moduli)
     digits = -(-len(parameters.moduli) // parameters.digit_size)
-    for name in arrays:
+    for name, array in arrays.items():
         if name.startswith("residues."):
-            yield name, moduli[int(name.removeprefix("residues."))], arrays[name].size, arrays[name].shape[-1]
+            modulus, width = moduli[int(name.removeprefix("residues."))], array.shape[-1]
+            for value in (modulus, modulus + 1, 2 ** (8 * width) - 1):
+                forged = array.copy()
+                forged.reshape(-1)[-width:] = list(value.to_bytes(width, "little"))
+                yield name, forged
         elif name.startswith("key."):
             end = 0
             for modulus in moduli:
-                width = (modulus.bit_length() + 7) // 8
+                width = packed_width(modulus)
                 end += digits * parameters.ring_degree * width
-                yield name, modulus, end, width
-            assert end == arrays[name].size
+                for value in (modulus // 2 + 2, -(modulus // 2) - 2, modulus, (1 << 8 * width - 1) - 2**34 if width > 4 else 2**31 - 1):
+                    forged = array.copy()
+                    for before, part in packed_last(value, width):
+                        forged[end - before : end - before + len(part)] = list(part)
+                    yield name, forged
+            assert end == array.size
 
 
 def test_out_of_range_residues_are_refused_behind_a_right_checksum(party):
@@ -121,13 +140,10 @@ def test_out_of_range_residues_are_refused_behind_a_right_checksum(party):
     for kind in ("ciphertext", "evaluation_keys", "public_key"):
         for data in files[kind]:
             arrays, metadata = unpack(data, kind)
-            for name, modulus, end, width in last_residues(backend.parameters, arrays):
-                for value in (modulus, modulus + 1, 2 ** (8 * width) - 1):
-                    packed = arrays[name].copy()
-                    packed.reshape(-1)[end - width : end] = list(value.to_bytes(width, "little"))
-                    table, body = table_of(arrays | {name: packed})
-                    with outcomes.expect(f"{kind} {name} = {value}", must_fail=True):
-                        backend.deserialize(seal(kind, table, body, metadata), kind)
+            for name, forged in forged_residues(backend.parameters, arrays):
+                table, body = table_of(arrays | {name: forged})
+                with outcomes.expect(f"{kind} {name}", must_fail=True):
+                    backend.deserialize(seal(kind, table, body, metadata), kind)
     assert outcomes["CorruptFileError"] == outcomes["inputs"] > 40
 
 
@@ -188,7 +204,7 @@ def test_bootstrapping_key_folders(name, tmp_path):
     for _ in range(120):
         must_fail = rng.random() < 0.5
         how, data = damaged(right, rng) if must_fail else sealed(right, kind, rng)
-        path.write_bytes(data)
+        write_file(path, data)
         with outcomes.expect(f"{name} {path.name} {how}", must_fail=must_fail):
             loaded = backend.load_bootstrapping_keys(keys, tmp_path)
             assert loaded.key_id == keys.key_id and loaded.bootstrapping is not None
@@ -250,19 +266,19 @@ def test_key_folders(key_folder, tmp_path):
             how, data = "another key file", files[rng.choice(sorted(set(kinds) - {name}))]
         else:
             how, data = sealed(files[name], kinds[name], rng)
-        (tmp_path / name).write_bytes(data)
+        write_file(tmp_path / name, data)
         with outcomes.expect(f"key folder {name} {how}"):
             Keys.load(tmp_path, with_evaluation=True)
         with outcomes.expect(f"server keys {name} {how}"):
             ServerKeys.load(data)
-        (tmp_path / name).write_bytes(files[name])
+        write_file(tmp_path / name, files[name])
     for name in kinds:
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
         with outcomes.expect(f"folder in place of {name}", must_fail=True):
             Keys.load(tmp_path, with_evaluation=True)
         (tmp_path / name).rmdir()
-        (tmp_path / name).write_bytes(files[name])
+        write_file(tmp_path / name, files[name])
 
 
 def test_model_fingerprints(tmp_path):

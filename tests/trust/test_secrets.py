@@ -220,7 +220,7 @@ class TestFiles:
         finally:
             os.umask(old)
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-        assert modes == {"secret.key": 0o600, "public.key": 0o644, "evaluation.keys": 0o644}
+        assert modes == {"secret.key": 0o600, "public.key": 0o644, "evaluation.keys": 0o444}
 
     def test_only_the_secret_key_file_holds_the_secret(self, keys, tmp_path, needles):
         keys.save(tmp_path)

@@ -1,8 +1,10 @@
-"""Bootstrapping keys on disk: a folder of containers, one per key, written and read one after another.
+"""Bootstrapping keys on disk: a folder of containers, one per key, written one after another and memory-mapped.
 
-At N = 2^16 a key takes 60 MB: the half that is not pseudo-random, in ceil(b/8) bytes per residue, and the seed of the other half. `write` makes
-keys and never holds more than one. `load` copies each file before it looks at it, so that a file that is truncated or replaced while or after it is read
-gives CorruptFileError or has no effect: nothing stays mapped.
+At N = 2^16 a key takes 60 MB: the half that is not pseudo-random, as the kernels read it, and the seed of the other half. `write` makes keys and never
+holds more than one. `load` maps each file read-only after checking its size, header, checksum and residues, and regenerates the other halves in memory:
+processes that use one folder share the mapped half. Files are written under another name and renamed (hf_he.serialization.write_file), and are read-only
+themselves: one that is replaced or deleted while it is mapped stays what it was. Only a program that truncates it in place can end the process
+(SIGBUS), as with any mapped library or checkpoint.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ import numpy as np
 
 from hf_he.ckks.bootstrapping.keys import GALOIS, LOWER, RAISE, BootstrappingKeys, KeyPart, key_groups
 from hf_he.ckks.bootstrapping.plan import MIN_PERIOD, BootstrapPlan
-from hf_he.ckks.files import BACKEND, half_bytes, pack_half, unpack_half
-from hf_he.ckks.keys import expand_half
+from hf_he.ckks.files import BACKEND, checked_half
+from hf_he.ckks.keys import expand_half, half_bytes, pack_half
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.ckks.random import SEED_BYTES
 from hf_he.errors import CorruptFileError
-from hf_he.serialization import pack, unpack_for, write_file
+from hf_he.serialization import map_file, pack, unpack_for, write_file
 
 KIND = "bootstrapping_key"
 _AGAIN = "make the bootstrapping keys again with `hf-he keygen --bootstrapping`"
@@ -34,23 +36,21 @@ def write(parts: Iterable[KeyPart], plan: BootstrapPlan, key_id: str, folder: st
     """Write keys under `folder` (created if missing) as they come; returns their size in bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contexts = {name: group[0] for name, group in key_groups(plan).items()}
     metadata = {"backend": BACKEND, "parameters": json.dumps(plan.parameters.to_dict()), "fingerprint": plan.parameters.fingerprint, "key_id": key_id}
     metadata["period"] = str(plan.period)
     total = 0
     for part in parts:
-        arrays = {"half": pack_half(contexts[part.group], part.b), "seed": np.frombuffer(part.seed, dtype=np.uint8)}
+        arrays = {"half": part.b, "seed": np.frombuffer(part.seed, dtype=np.uint8)}
         data = pack(KIND, arrays, {**metadata, "group": part.group, "index": str(part.index)})
-        write_file(folder / _file_name(part.group, part.index), data)
+        write_file(folder / _file_name(part.group, part.index), data, mapped=True)
         total += len(data)
     return total
 
 
 def save(keys: BootstrappingKeys, plan: BootstrapPlan, key_id: str, folder: str | Path) -> int:
-    """Write keys that are in memory; returns their size in bytes."""
-    contexts = {name: group[0] for name, group in key_groups(plan).items()}
+    """Write keys that are in memory or mapped; returns their size in bytes."""
     held = {GALOIS: keys.galois, RAISE: keys.raise_key, LOWER: keys.lower_key}
-    parts = (KeyPart(name, i, part.seeds[i].tobytes(), part.half(contexts[name], i)) for name, part in held.items() for i in range(len(part)))
+    parts = (KeyPart(name, i, part.seeds[i].tobytes(), *halves) for name, part in held.items() for i, halves in enumerate(part.halves))
     return write(parts, plan, key_id, folder)
 
 
@@ -66,18 +66,18 @@ def load(parameters: CKKSParameters, folder: str | Path) -> tuple[BootstrappingK
 
 def _period(parameters: CKKSParameters, path: Path) -> int:
     """The distinct slots a folder's keys are for, as its first key says."""
-    _, metadata = unpack_for(_bytes(path), KIND, BACKEND, parameters.fingerprint)
+    _, metadata = unpack_for(_mapped(path), KIND, BACKEND, parameters.fingerprint)
     possible = {str(MIN_PERIOD << i): MIN_PERIOD << i for i in range((parameters.slots // MIN_PERIOD).bit_length())}
     if metadata.get("period") not in possible:
         raise CorruptFileError(f"{path.name} does not say how many slots it is for: {_AGAIN}")
     return possible[metadata["period"]]
 
 
-def _bytes(path: Path) -> bytes:
+def _mapped(path: Path) -> memoryview:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptFileError(f"{path.name} cannot be read ({error.strerror}): {_AGAIN}") from None
+        return map_file(path, "bootstrapping-key")
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}: {_AGAIN}") from None
 
 
 def _parts(plan: BootstrapPlan, folder: Path, ids: set[str]) -> Iterator[KeyPart]:
@@ -85,11 +85,12 @@ def _parts(plan: BootstrapPlan, folder: Path, ids: set[str]) -> Iterator[KeyPart
     for group, (context, limbs, _) in key_groups(plan).items():
         for i, count in enumerate(limbs):
             path = folder / _file_name(group, i)
-            arrays, metadata = unpack_for(_bytes(path), KIND, BACKEND, plan.parameters.fingerprint)
+            arrays, metadata = unpack_for(_mapped(path), KIND, BACKEND, plan.parameters.fingerprint)
             shapes = {"half": (half_bytes(context, count),), "seed": (SEED_BYTES,)}
             shaped = {name: array.shape for name, array in arrays.items()} == shapes and all(array.dtype == np.uint8 for array in arrays.values())
             if not shaped or metadata.get("group") != group or metadata.get("index") != str(i) or metadata.get("period") != str(plan.period):
                 raise CorruptFileError(f"{path.name} does not hold the key its name says: {_AGAIN}")
             ids.add(metadata["key_id"])
             seed = arrays["seed"].tobytes()
-            yield KeyPart(group, i, seed, unpack_half(context, arrays["half"], count), expand_half(context, seed, count))
+            b = checked_half(context, arrays["half"], count, KIND)
+            yield KeyPart(group, i, seed, b, pack_half(context, expand_half(context, seed, count)))

@@ -23,7 +23,7 @@ from hf_he.ckks.bootstrapping.factors import (
 from hf_he.ckks.bootstrapping.plan import EPHEMERAL_WEIGHT, BootstrapPlan
 from hf_he.ckks.bootstrapping.transform import required_steps
 from hf_he.ckks.context import Context, context_for
-from hf_he.ckks.keys import SecretKey, SwitchingKeys, galois_secrets, switching_halves
+from hf_he.ckks.keys import SecretKey, SwitchingKeys, galois_secrets, pack_half, switching_halves
 from hf_he.ckks.parameters import TRANSFORM_STAGES, CKKSParameters
 from hf_he.ckks.random import Stream
 
@@ -74,13 +74,13 @@ def sparse_ternary(ring_degree: int, weight: int, stream: Stream) -> np.ndarray:
 
 
 class KeyPart(NamedTuple):
-    """One key of a group: its place there, and its seed and halves [digit, limbs + K, N]; the a-half, which the seed stands for, may be missing."""
+    """One key of a group: its place there, its seed and its packed halves [bytes]."""
 
     group: str
     index: int
     seed: bytes
     b: np.ndarray
-    a: np.ndarray | None = None
+    a: np.ndarray
 
 
 GALOIS, RAISE, LOWER = "galois", "raise", "lower"
@@ -110,7 +110,8 @@ def generate_parts(plan: BootstrapPlan, secret_key: SecretKey, progress: Callabl
             other = SecretKey(context, sparse, secret_key.key_id)
             pairs = iter([(main._rows, other._rows) if group == RAISE else (other._rows, main._rows)])
         for i, (source, target) in enumerate(pairs):
-            yield KeyPart(group, i, *switching_halves(context, source, target, limbs[i]))
+            seed, b, a = switching_halves(context, source, target, limbs[i])
+            yield KeyPart(group, i, seed, pack_half(context, b), pack_half(context, a))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -128,16 +129,15 @@ class BootstrappingKeys:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Bytes of both halves of all keys."""
         return sum(keys.nbytes for keys in (self.galois, self.raise_key, self.lower_key))
 
     @classmethod
     def collect(cls, plan: BootstrapPlan, parts: Iterable[KeyPart]) -> BootstrappingKeys:
-        """All keys of `parts`, in memory."""
+        """All keys of `parts`."""
         groups = {name: SwitchingKeys(*group) for name, group in key_groups(plan).items()}
-        contexts = {name: group[0] for name, group in key_groups(plan).items()}
         for part in parts:
-            groups[part.group].fill(contexts[part.group], part.index, part.seed, part.b, part.a)
+            groups[part.group].fill(part.index, part.seed, part.b, part.a)
         return cls(groups[GALOIS], groups[RAISE], groups[LOWER], plan.parameters.fingerprint, plan.period)
 
     @classmethod

@@ -15,6 +15,7 @@ from hf_he.ckks.ntt import bit_reversal
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.errors import CorruptFileError, ParameterError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, Keys, ServerKeys
+from hf_he.serialization import write_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:CKKS parameters with N")
 
@@ -96,7 +97,7 @@ def test_key_folder(name, tmp_path):
     other = party.backend.generate_evaluation_keys(party.secret, [], bootstrapping=True)
     party.backend.save_bootstrapping_keys(other, tmp_path / "other")
     if name == "native":
-        (tmp_path / "galois-001.key").write_bytes((tmp_path / "other" / "galois-001.key").read_bytes())
+        write_file(tmp_path / "galois-001.key", (tmp_path / "other" / "galois-001.key").read_bytes())
         with pytest.raises(CorruptFileError, match="galois-001"):
             party.backend.load_bootstrapping_keys(bare, tmp_path)
 
