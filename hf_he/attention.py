@@ -6,8 +6,10 @@
   denominator of PolySketchFormer (arXiv 2310.01655), and a shift c and a constant divisor make it the (x + c)^p / constant of Powerformer
   (Park et al., ACL 2025), without any division. A patent family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing
   self-attention with a power softmax under homomorphic encryption; check it before use.
+- `normalized_gaussian_kernel`: Gaussian-kernel weights divided by eps + their row sum. They are at most 1 and the reciprocal's input at most
+  1 + eps whatever the text is. In polynomial mode, (1 + s)^(2^k), it is a power softmax of 1 + s, so that the patent family above concerns it too.
 
-Both multiply by a 0/1 mask, which is exact: masked weights are 0, there is no -inf. Importing this module registers the attention
+All multiply by a 0/1 mask, which is exact: masked weights are 0, there is no -inf. Importing this module registers the attention
 functions and their masks, after which `attn_implementation="gaussian_kernel"` works. transformers does not save that name in config.json,
 and a model that does not use the interface ignores it silently: see `check_attention`.
 """
@@ -75,15 +77,60 @@ def gaussian_kernel_attention(
             **kwargs,
         )
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
+    return _weighted_sum(module, _gaussian_weights(module, query, key, mask, scaling), value, dropout)
+
+
+def normalized_gaussian_kernel_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian-kernel weights over eps + their sum; arguments, results and errors as for `gaussian_kernel_attention`.
+
+    eps is `power_softmax_eps` of `module.config`, added to the sum, or with `power_softmax_length_agnostic` to the mean over the row's valid keys. The
+    reciprocal is of eps + mean in both cases: the real one, or the approximation of `module.normalizer` (a `Reciprocal`).
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            normalized_gaussian_kernel_attention,
+            (query, key, value),
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+    key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
+    weights = _gaussian_weights(module, query, key, mask, scaling)
+    length: torch.Tensor | float = float(key.shape[-2]) if mask is None else mask.sum(-1, keepdim=True).clamp(min=1.0)
+    config, normalizer = getattr(module, "config", None), getattr(module, "normalizer", None)
+    eps = getattr(config, "power_softmax_eps", DEFAULT_POWER_EPS)
+    eps = eps if getattr(config, "power_softmax_length_agnostic", False) else eps / length
+    mean = eps + weights.sum(-1, keepdim=True) / length
+    approximation = getattr(normalizer, "approximation", None)
+    if normalizer is not None:
+        observe(normalizer, "kernel_mean", mean, approximation)
+    inverse = 1.0 / mean if approximation is None else approximation(mean)
+    return _weighted_sum(module, weights * (inverse / length), value, dropout)
+
+
+def _gaussian_weights(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """exp(-scaling / 2 ||q - k||^2), or its approximation, times the mask: [B, heads, T, S]."""
     squared_distance = query.square().sum(-1).unsqueeze(-1) + key.square().sum(-1).unsqueeze(-2)
     squared_distance = squared_distance - 2.0 * (query @ key.transpose(-1, -2))
     exponent = (-0.5 * scaling * squared_distance).clamp(max=0.0)
     approximation = getattr(module, "kernel_approximation", None)
     observe(module, "exponent", exponent, approximation)
     weights = torch.exp(exponent) if approximation is None else approximation(exponent)
-    if mask is not None:
-        weights = weights * mask
-    return _weighted_sum(module, weights, value, dropout)
+    return weights if mask is None else weights * mask
 
 
 def power_softmax_attention(
@@ -204,6 +251,7 @@ def causal_keep_mask(
 
 ATTENTION_FUNCTIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "gaussian_kernel": gaussian_kernel_attention,
+    "normalized_gaussian_kernel": normalized_gaussian_kernel_attention,
     "power_softmax": power_softmax_attention,
 }
 

@@ -24,7 +24,7 @@ def default_model() -> Path:
 
 
 def default_decoder(attention_kernel: str = "gaussian_kernel") -> Path:
-    """The decoder with that kernel ("gaussian_kernel" or "power_softmax") that comes with a clone. Raises DataError outside of one."""
+    """The decoder with that kernel (gaussian_kernel, normalized_gaussian_kernel or power_softmax) that comes with a clone. Raises DataError outside of one."""
     return _shipped(f"{DEFAULT_DECODER}/{attention_kernel}")
 
 

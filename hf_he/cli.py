@@ -139,7 +139,7 @@ def generate(
     model: Model = None,
     backend: Backend = "auto",
     parameters: PolicyParameters = None,
-    kernel: Annotated[str, typer.Option(help="Which shipped decoder: gaussian_kernel or power_softmax.")] = "gaussian_kernel",
+    kernel: Annotated[str, typer.Option(help="Which shipped decoder: gaussian_kernel, normalized_gaussian_kernel or power_softmax.")] = "gaussian_kernel",
     adapter: Adapter = None,
     encrypt_adapter: Annotated[bool, typer.Option("--encrypt-adapter", help="The server gets the adapter as ciphertexts only.")] = False,
     select: Annotated[str, typer.Option(help="Who picks the tokens: client, or server (encrypted argmax, small vocabularies).")] = "client",

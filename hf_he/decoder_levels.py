@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import nn
 
-from hf_he.approximation import KernelExponential, Polynomial
+from hf_he.approximation import KernelExponential, Reciprocal
 from hf_he.errors import LevelError, ScaleMismatchError
 from hf_he.level_search import Choice, Search, Stage, refresh_seconds
 from hf_he.ops import goldschmidt, polynomial
@@ -56,14 +56,12 @@ class DecoderSearch(Search):
 
     def _attention(self, module: nn.Module) -> list[Choice]:
         """Scores high enough for the kernel or powers, and for the reciprocal after them, or refreshed; values as low as the output allows."""
-        approximation = module.kernel_approximation
-        with_reciprocal = not isinstance(approximation, KernelExponential | Polynomial)
+        kernel = module.kernel_approximation
+        reciprocal = module.normalizer.approximation if hasattr(module, "normalizer") else kernel
+        with_reciprocal = isinstance(reciprocal, Reciprocal)
         scores = SCORE_DEPTH + 1
-        if isinstance(approximation, KernelExponential):
-            depth, extra = approximation.squarings, 0
-        else:
-            depth = (module.config.power_softmax_degree - 1).bit_length()
-            extra = goldschmidt.depth(approximation) if with_reciprocal else 0
+        depth = kernel.squarings if isinstance(kernel, KernelExponential) else (module.config.power_softmax_degree - 1).bit_length()
+        extra = goldschmidt.depth(reciprocal) if with_reciprocal else 0
         found = []
         for value in range(1 + with_reciprocal, self.top - 1):
             queries = {SCORE_DEPTH, scores, scores + depth + value + 1, scores + depth + 1 + extra + value - 1}

@@ -27,6 +27,7 @@ from hf_he.attention import (
     causal_keep_mask,
     check_attention,
     gaussian_kernel_attention,
+    normalized_gaussian_kernel_attention,
     power_mean,
     power_softmax_attention,
     softmax_attention,
@@ -46,7 +47,7 @@ BIDIRECTIONAL = {
     "bert": (BertForMaskedLM, BertConfig(**SIZES)),
     "roberta": (RobertaForMaskedLM, RobertaConfig(**SIZES)),
 }
-NAMES = ["gaussian_kernel", "power_softmax"]
+NAMES = ["gaussian_kernel", "normalized_gaussian_kernel", "power_softmax"]
 
 
 def config(**fields):
@@ -226,6 +227,27 @@ class TestPowerSoftmax:
         torch.testing.assert_close(polynomial(x), x**6)
 
 
+class TestNormalizedGaussianKernel:
+    @pytest.mark.parametrize("length_agnostic", [False, True])
+    def test_weights_over_eps_and_their_sum(self, module, qkv, padding, length_agnostic):
+        module.config = config(power_softmax_eps=0.02, power_softmax_length_agnostic=length_agnostic)
+        weights = gaussian_kernel_attention(module, *qkv, padding)[1]
+        eps = 0.02 * torch.tensor([6.0, 4.0])[:, None, None, None] if length_agnostic else 0.02
+        expected = weights / (eps + weights.sum(-1, keepdim=True))
+        torch.testing.assert_close(normalized_gaussian_kernel_attention(module, *qkv, padding)[1], expected)
+
+    def test_polynomial_mode_takes_the_reciprocal_of_the_mean(self, module, qkv, padding):
+        module.config = config(power_softmax_eps=0.02, power_softmax_length_agnostic=True)
+        exact = normalized_gaussian_kernel_attention(module, *qkv, padding)[1]
+        module.kernel_approximation = kernel_exponential((-40.0, 0.0), 14)
+        module.normalizer = nn.Module()
+        module.normalizer.approximation = fit_reciprocal((0.02, 1.02), 15, 2)
+        torch.testing.assert_close(normalized_gaussian_kernel_attention(module, *qkv, padding)[1], exact, atol=1e-3, rtol=0)
+        module.normalizer.approximation = fit_reciprocal((0.9, 1.02), 7, 1)
+        with pytest.raises(RangeError, match="kernel_mean"):
+            normalized_gaussian_kernel_attention(module, *qkv, padding)
+
+
 class TestCausalKeepMask:
     def test_padding_and_cache(self):
         mask = causal_keep_mask(torch.empty(2, 3, 0), torch.tensor([[1, 1, 1], [0, 1, 1]]), None)
@@ -329,7 +351,7 @@ def test_a_full_mask_leaks_and_is_refused(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(UnsupportedModelError, match="known: gaussian_kernel, power_softmax"):
+    with pytest.raises(UnsupportedModelError, match="known: gaussian_kernel, normalized_gaussian_kernel, power_softmax"):
         check_attention(make(BIDIRECTIONAL["bert"]), "sigmoid")
 
 

@@ -22,6 +22,7 @@ KERNELS = {
     "gaussian": {"attention_kernel": "gaussian_kernel"},
     "power 4": {"attention_kernel": "power_softmax", "power_softmax_eps": 0.1},
     "power 6, mean": {"attention_kernel": "power_softmax", "power_softmax_degree": 6, "power_softmax_eps": 0.1, "power_softmax_length_agnostic": True},
+    "normalized gaussian": {"attention_kernel": "normalized_gaussian_kernel", "power_softmax_eps": 0.02},
     "power, constant": {"attention_kernel": "power_softmax", "power_softmax_shift": 1.0, "power_softmax_divisor": 20.0},
 }
 VARIANTS = {
@@ -62,6 +63,7 @@ def calibrated(model, embeddings, mask):
             "exponent": {"interval": [min(1.2 * seen.minimum, -8.0), 0.0], "squarings": 5},
             "input": {"interval": [-largest, largest], "degree": 15},
             "power_mean": {"interval": [seen.minimum / 2, 2 * seen.maximum], "degree": 7, "goldschmidt_steps": 2},
+            "kernel_mean": {"interval": [seen.minimum / 2, 2 * seen.maximum], "degree": 7, "goldschmidt_steps": 2},
             "score": {"interval": [-largest, largest]},
         }[seen.statistic]
     model.set_approximations(approximations)

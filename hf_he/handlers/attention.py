@@ -10,11 +10,12 @@ import torch
 
 from hf_he import autograd
 from hf_he.approximation import KernelExponential, Polynomial, Reciprocal
-from hf_he.attention import gaussian_kernel_attention, power_softmax_attention
+from hf_he.attention import gaussian_kernel_attention, normalized_gaussian_kernel_attention, power_softmax_attention
 from hf_he.backends.base import Ciphertext
 from hf_he.handlers import cached
 from hf_he.ops import attention, feature_major_attention, power_softmax
 from hf_he.ops.attention_gradient import GaussianKernel
+from hf_he.ops.feature_major_attention_gradient import FeatureMajorKernel
 from hf_he.ops.operand import Operand
 from hf_he.ops.power_softmax_gradient import PowerKernel
 from hf_he.tensor import HEADS, MASK, SPLIT, EncryptedTensor, handler, unsupported
@@ -43,7 +44,8 @@ def _attention(
     context, causal = query.session, getattr(module, "is_causal", False)
     scaling = head_dim**-0.5 if scaling is None else scaling
     if trained:
-        kernel = GaussianKernel(heads, scaling, approximation, context.levels(module), causal)
+        form = FeatureMajorKernel if context.packing.features == 1 else GaussianKernel
+        kernel = form(heads, scaling, approximation, context.levels(module), causal)
         return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
     levels = context.levels(module) or attention.default_levels(context, approximation.squarings, causal)
     form = feature_major_attention if context.packing.features == 1 else attention
@@ -66,15 +68,51 @@ def _power_softmax(
     approximation = getattr(module, "kernel_approximation", None)
     if not isinstance(approximation, Reciprocal | Polynomial):
         raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
+    return _divided(name, module, query, key, value, attention_mask, scaling, dropout, power_softmax_form(module.config), approximation)
+
+
+@handler(normalized_gaussian_kernel_attention)
+def _normalized_gaussian_kernel(
+    module: torch.nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[EncryptedTensor, None]:
+    name = normalized_gaussian_kernel_attention
+    exponential, reciprocal = getattr(module, "kernel_approximation", None), getattr(getattr(module, "normalizer", None), "approximation", None)
+    if not isinstance(exponential, KernelExponential) or reciprocal is None:
+        raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
+    return _divided(name, module, query, key, value, attention_mask, scaling, dropout, normalized_kernel_form(module.config, exponential), reciprocal)
+
+
+def _divided(
+    name: Callable,
+    module: torch.nn.Module,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None,
+    dropout: float,
+    form: power_softmax.PowerSoftmax,
+    approximation: Reciprocal | Polynomial,
+) -> tuple[EncryptedTensor, None]:
+    """Powers over their row sums, or over a constant."""
     if cached.is_cached(key):
-        return cached.attend(name, module, query, key, value, scaling, approximation, power_softmax_form(module.config))
+        return cached.attend(name, module, query, key, value, scaling, approximation, form)
     (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
     operands = (query.operand, key.operand, value.operand)
     batch, heads, tokens, head_dim = query.shape
-    context, form = query.session, power_softmax_form(module.config)
+    context = query.session
     scaling = head_dim**-0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", False)
     if trained:
+        if context.packing.features == 1:
+            raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
         kernel = PowerKernel(heads, scaling, form, approximation, context.levels(module), causal)
         return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
     out = power_softmax.encrypted(context, *operands, mask, heads, scaling, form, approximation, causal, context.levels(module))
@@ -92,6 +130,12 @@ def power_softmax_form(config: Any) -> power_softmax.PowerSoftmax:
     )
 
 
+def normalized_kernel_form(config: Any, exponential: KernelExponential) -> power_softmax.PowerSoftmax:
+    """The normalized Gaussian kernel (1 + s / 2^k)^(2^k) as a power softmax of 1 + s / 2^k."""
+    eps, length_agnostic = config.power_softmax_eps, config.power_softmax_length_agnostic
+    return power_softmax.PowerSoftmax(exponential.degree, eps, 1.0, None, length_agnostic, distances=True)
+
+
 def attention_operands(
     name: Callable, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float
 ) -> tuple[tuple[EncryptedTensor, EncryptedTensor, EncryptedTensor], Ciphertext | None, bool]:
@@ -104,8 +148,6 @@ def attention_operands(
     if attention_mask is not None and (not isinstance(attention_mask, EncryptedTensor) or attention_mask.kind != MASK):
         raise unsupported(name, " with a plaintext mask: make it with session.attention_mask(ciphertext)")
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if trained and query.session.packing.features == 1:
-        raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
     mask = None if attention_mask is None else attention_mask.ciphertext
     return (query, _repeated(key, query.shape[1]), _repeated(value, query.shape[1])), mask, trained
 

@@ -10,21 +10,36 @@ from transformers import PreTrainedConfig
 
 from hf_he._compat import ALL_ATTENTION_FUNCTIONS
 from hf_he.approximation import KernelExponential, Polynomial, Reciprocal, fit_reciprocal, kernel_exponential, power_polynomial
-from hf_he.attention import gaussian_kernel_attention, power_softmax_attention, softmax_attention
+from hf_he.attention import gaussian_kernel_attention, normalized_gaussian_kernel_attention, power_softmax_attention, softmax_attention
 from hf_he.nn import EXACT_ACTIVATIONS, MODES, PolynomialLayer
 
 KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "softmax": softmax_attention,
     "gaussian_kernel": gaussian_kernel_attention,
+    "normalized_gaussian_kernel": normalized_gaussian_kernel_attention,
     "power_softmax": power_softmax_attention,
 }
+
+
+class RowReciprocal(PolynomialLayer):
+    """What the normalized Gaussian kernel divides by. Entry: {"interval", "degree", "goldschmidt_steps"} on eps + mean weight of a row."""
+
+    entry_keys = ("interval", "degree", "goldschmidt_steps")
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.approximation: Reciprocal | None = None
+
+    def build_approximation(self, entry: Mapping[str, Any]) -> Reciprocal:
+        return fit_reciprocal((float(entry["interval"][0]), float(entry["interval"][1])), entry["degree"], entry["goldschmidt_steps"])
 
 
 class KernelAttention(PolynomialLayer):
     """Base of attention modules; subclasses have projections and call `attend`.
 
-    Entry: {"interval", "squarings"} on the exponent (gaussian_kernel), {"interval", "degree", "goldschmidt_steps"} on eps + mean x^p
-    (power_softmax), {"interval"} on the shifted scores (power_softmax with a constant divisor).
+    Entry: {"interval", "squarings"} on the exponent (Gaussian kernels; the normalized one has a `normalizer` with an entry of its own), {"interval",
+    "degree", "goldschmidt_steps"} on eps + mean x^p (power_softmax), {"interval"} on the shifted scores (power_softmax with a constant divisor).
     """
 
     is_causal: bool
@@ -34,6 +49,8 @@ class KernelAttention(PolynomialLayer):
         super().__init__()
         self.config = config
         self.kernel_approximation: KernelExponential | Reciprocal | Polynomial | None = None
+        if config.attention_kernel == "normalized_gaussian_kernel":
+            self.normalizer = RowReciprocal(config)
         if config.attention_kernel != "power_softmax":
             self.entry_keys = ("interval", "squarings")
         elif config.power_softmax_divisor is None:

@@ -190,15 +190,16 @@ def _at_level(operand: Operand, level: int) -> Ciphertext:
 
 def _scores(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext, factor: float) -> Ciphertext:
     """[score ciphertexts] holding factor * ||q - k||^2, two levels below q. The other slots are 0."""
+    return collect(context, layout, squared_differences(context, layout, q, rotated_k), factor)
+
+
+def squared_differences(context: OperationContext, layout: ScoreLayout, q: Ciphertext, rotated_k: Ciphertext) -> Iterator[Ciphertext]:
+    """(q_i - k_j)^2 per giant step, [babies] of 3 components, for `collect`."""
     backend = context.backend
     rotated_q = backend.rotate(q, giant_steps(layout, -1))
-
-    def squares() -> Iterator[Ciphertext]:
-        for g in range(layout.giants):
-            difference = backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
-            yield backend.multiply(difference, difference)
-
-    return collect(context, layout, squares(), factor)
+    for g in range(layout.giants):
+        difference = backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,)))
+        yield backend.multiply(difference, difference)
 
 
 def collect(context: OperationContext, layout: ScoreLayout, products: Iterable[Ciphertext], factor: float) -> Ciphertext:

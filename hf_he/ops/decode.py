@@ -62,7 +62,8 @@ def reference(
         weights = approximation(-0.5 * scaling * distance) * valid
     else:
         length = valid.sum(-1, keepdim=True)
-        powers = (((query.unsqueeze(-2) * keys).sum(-1) * scaling + softmax.shift) * valid) ** softmax.power
+        products = (query.unsqueeze(-2) - keys).square() if softmax.distances else query.unsqueeze(-2) * keys
+        powers = ((products.sum(-1) * softmax.factor(scaling) + softmax.shift) * valid) ** softmax.power
         if softmax.divisor is not None:
             weights = powers / (softmax.divisor * (length if softmax.length_agnostic else 1.0))
         else:
@@ -102,8 +103,8 @@ def encrypted(
             products = context.square(difference)
             weights = _kernel(context, products, valid, head_dim, -0.5 * scaling / approximation.degree, approximation.squarings, values[0].level)
         else:
-            products = context.product(stacked, query)
-            weights = _power_softmax(context, products, valid, head_dim, scaling, approximation, softmax, values[0].level)
+            products = context.square(backend.subtract(stacked, query)) if softmax.distances else context.product(stacked, query)
+            weights = _power_softmax(context, products, valid, head_dim, softmax.factor(scaling), approximation, softmax, values[0].level)
         return _weighted_sum(context, weights, backend.stack(list(values)), head_dim)
 
 
@@ -122,12 +123,12 @@ def _power_softmax(
     products: Ciphertext,
     valid: np.ndarray,
     head_dim: int,
-    scaling: float,
+    factor: float,
     approximation: Reciprocal | Polynomial,
     softmax: PowerSoftmax,
     level: int,
 ) -> Ciphertext:
-    """Weights on the first feature of each head of valid lanes, 0 elsewhere: [chunks] at `level`.
+    """Weights on the first feature of each head of valid lanes, 0 elsewhere: [chunks] at `level`. `factor`: of the products' sums.
 
     The scores carry (gain / length)^(1 / p), so that the sum of their powers is the mean already mapped towards [-1, 1].
     """
@@ -141,7 +142,7 @@ def _power_softmax(
     root = gain ** (1.0 / softmax.power)
     level += _packed(valid)
     depth = softmax.depth
-    x = _scores(context, products, scaling * root * valid, softmax.shift * root * valid, head_dim)
+    x = _scores(context, products, factor * root * valid, softmax.shift * root * valid, head_dim)
     if softmax.divisor is not None:
         powers = power(context, _prepared(context, x, level + depth, depth), softmax.power)
         return _unpacked(context, _prepared(context, powers, level, level), valid, head_dim, level)

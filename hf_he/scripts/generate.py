@@ -27,7 +27,7 @@ from hf_he.peft import HELoraConfig
 from hf_he.scripts.display import console, count_progress, print_json, progress_bar, say
 from hf_he.scripts.kernels import prepare_kernels
 
-KERNELS = ("gaussian_kernel", "power_softmax")
+KERNELS = ("gaussian_kernel", "normalized_gaussian_kernel", "power_softmax")
 SELECTIONS = ("client", "server")
 
 

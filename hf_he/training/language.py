@@ -32,6 +32,12 @@ from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.ranged_trainer import RangedTrainer
 from hf_he.training.stages import run_stage, stage_digest, stage_report
 
+_RECIPROCAL = {"reciprocal_degree", "goldschmidt_steps"}
+_KERNEL_SETTINGS = {
+    "gaussian_kernel": {"exponent", "squarings"},
+    "normalized_gaussian_kernel": {"exponent", "squarings", "kernel_mean"} | _RECIPROCAL,
+    "power_softmax": {"power_mean", "score"} | _RECIPROCAL,
+}
 BATCH = 64
 DEV_BLOCKS = 512
 TEST_BLOCKS = 1_024
@@ -212,10 +218,9 @@ class LanguagePipeline:
         return None if name == BASELINE else self._relevant(asdict(self.recipe.targets), name) | {"stress_rows": self.recipe.stress_rows}
 
     def _relevant(self, settings: dict[str, Any], name: str) -> dict[str, Any]:
-        """Without what only the other kernel's polynomials need."""
-        gaussian = self.recipe.variants[name]["attention_kernel"] == "gaussian_kernel"
-        other = ("power_mean", "score", "reciprocal_degree", "goldschmidt_steps") if gaussian else ("exponent", "squarings")
-        return {key: value for key, value in settings.items() if key not in other}
+        """Without what only the other kernels' polynomials need."""
+        needed = _KERNEL_SETTINGS[self.recipe.variants[name]["attention_kernel"]]
+        return {key: value for key, value in settings.items() if key in needed or not any(key in others for others in _KERNEL_SETTINGS.values())}
 
     def _some_blocks(self) -> dict[str, torch.Tensor]:
         return {"input_ids": self.blocks["train"][:_PENALTY_BLOCKS]}
@@ -315,10 +320,10 @@ def set_initial_score(model: HEGPTNeoXForCausalLM, score: float) -> None:
     """Shift all scores of a fresh model by `score`: equal biases of queries and keys on the features that rotary embedding leaves alone, opposite
     ones for the Gaussian kernel, whose exponent is meant (score < 0).
 
-    x^p is flat around x = 0, where a fresh model's scores are, but near x = 1 it behaves like exp(p (x - 1)); an exponent below 0 keeps the
-    sum of un-normalised weights near 1. Raises ValueError for a score of the wrong sign.
+    x^p is flat around x = 0, where a fresh model's scores are, but near x = 1 it behaves like exp(p (x - 1)), which `power_softmax_shift` gives as well; an
+    exponent below 0 keeps the sum of un-normalised weights near 1. Raises ValueError for a score of the wrong sign.
     """
-    gaussian = model.config.attention_kernel == "gaussian_kernel"
+    gaussian = model.config.attention_kernel.endswith("gaussian_kernel")
     if (score < 0) != gaussian:
         raise ValueError(f"initial_score {score} has the wrong sign for {model.config.attention_kernel}: exponents are negative, scores positive.")
     rotary = 2 * len(model.gpt_neox.rotary_emb.inv_freq)

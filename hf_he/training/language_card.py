@@ -10,12 +10,23 @@ PATENT_NOTICE = (
     "A patent family (US 2026/0046109 A1, US 12,647,248 B2) describes replacing self-attention with a power softmax under homomorphic encryption; "
     "check it before use. The Gaussian-kernel checkpoint beside this one contains none."
 )
+_NORMALIZED_NOTICE = (
+    " In polynomial mode, (1 + s)^(2^k) over its row sum, the kernel of this checkpoint is a power softmax of 1 + s, so that it may concern it."
+)
 _ATTENTION = {
     "gaussian_kernel": "Gaussian-kernel attention exp(-|q - k|^2 / (2 sqrt(head_dim))), not normalised, without softmax or division",
-    "power_softmax": "power-softmax attention x^p / (eps + mean x^p) / (number of keys) with one reciprocal per row instead of a softmax",
+    "normalized_gaussian_kernel": "Gaussian-kernel attention exp(-|q - k|^2 / (2 sqrt(head_dim))) / (eps + mean) / (number of keys) with one reciprocal per "
+    "row instead of a softmax",
+    "power_softmax": "power-softmax attention x^p / (eps + mean x^p) / (number of keys), x = score + c, with one reciprocal per row instead of a softmax",
+}
+_QUANTITIES = {
+    "gaussian_kernel": "the exponent of every query-key pair, masked ones included",
+    "normalized_gaussian_kernel": "the exponent of every query-key pair, masked ones included, of its normalizer on eps + mean weight of a row",
+    "power_softmax": "eps + mean x^p of a row",
 }
 _SOURCES = {
     "gaussian_kernel": "Rho et al., Encryption-Friendly LLM Architecture, ICLR 2025 (Gaussian-kernel attention)",
+    "normalized_gaussian_kernel": "Rho et al., Encryption-Friendly LLM Architecture, ICLR 2025 (Gaussian-kernel attention, there without the division)",
     "power_softmax": "Zimerman et al., Power-Softmax: Towards Secure LLM Inference over Encrypted Data, 2024",
 }
 _TEMPLATE = """---
@@ -90,7 +101,13 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
     """A card from the report of `language_export.export` and the model's config; its evaluation result is that of polynomial mode."""
     name = f"he-gpt-neox-tiny/{variant}"
     kernel, run = config.attention_kernel, report["runs"][variant][str(seed)]
-    gaussian = kernel == "gaussian_kernel"
+    constants, notice = "", f"\n**Patent notice.** {PATENT_NOTICE}\n"
+    if kernel == "gaussian_kernel":
+        notice = ""
+    elif kernel == "normalized_gaussian_kernel":
+        constants, notice = f" (eps = {config.power_softmax_eps:g})", notice.rstrip() + _NORMALIZED_NOTICE + "\n"
+    else:
+        constants = f" (p = {config.power_softmax_degree}, c = {config.power_softmax_shift:g}, eps = {config.power_softmax_eps:g})"
     result = EvalResult(
         task_type="text-generation",
         dataset_type="stdlib-sotu-moby-dick",
@@ -121,12 +138,12 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
             heads=config.num_attention_heads,
             context=config.max_position_embeddings,
             vocabulary=config.vocab_size,
-            attention=_ATTENTION[kernel] + ("" if gaussian else f" (p = {config.power_softmax_degree}, eps = {config.power_softmax_eps:g})"),
-            notice="" if gaussian else f"\n**Patent notice.** {PATENT_NOTICE}\n",
+            attention=_ATTENTION[kernel] + constants,
+            notice=notice,
             scores=_scores(report, variant, str(seed)),
             tokens=run["tokens"],
             seeds=len(report["summary"][variant]["ratios"]),
-            quantity="the exponent of every query-key pair, masked ones included" if gaussian else "eps + mean x^p of a row",
+            quantity=_QUANTITIES[kernel],
             approximations=_approximations(config, run),
             outside=f"Values outside: {outside['dev']} on dev text, {outside['test']} on test text, {outside['stress']} on 512 stress blocks.",
             corpus_tokens=report["tokens"]["train"],

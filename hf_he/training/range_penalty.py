@@ -21,18 +21,21 @@ from hf_he.nn import LayerRange, PolynomialActivation, RangeTracker, collect_ran
 
 Batch = Mapping[str, torch.Tensor]
 
+_MEANS = ("power_mean", "kernel_mean")
+
 
 @dataclass
 class RangeTargets:
     """Where training should keep each quantity.
 
     `exponent`: lowest kernel exponent -||q - k||^2 / (2 sqrt(head_dim)) of any pair of tokens. `power_mean`: lowest and highest eps + mean x^p
-    of a power-softmax row, `score`: largest magnitude of its scores where the divisor is constant. `variance_ratio`: largest over smallest
-    variance of a norm. `activations`: largest magnitude of the input, by function.
+    of a power-softmax row, `score`: largest magnitude of its scores where the divisor is constant. `kernel_mean`: eps + mean weight of a row of the
+    normalized Gaussian kernel. `variance_ratio`: largest over smallest variance of a norm. `activations`: largest magnitude of the input, by function.
     """
 
     exponent: float = -16.0
     power_mean: list[float] = field(default_factory=lambda: [0.1, 1.0])
+    kernel_mean: list[float] = field(default_factory=lambda: [0.01, 1.5])
     score: float = 4.0
     variance_ratio: float = 12.0
     activations: dict[str, float] = field(default_factory=lambda: {"gelu": 4.5, "tanh": 2.5})
@@ -43,6 +46,8 @@ class RangeTargets:
             return self.exponent, 0.0
         if statistic == "power_mean":
             return self.power_mean[0], self.power_mean[1]
+        if statistic == "kernel_mean":
+            return self.kernel_mean[0], self.kernel_mean[1]
         if statistic == "score":
             return -self.score, self.score
         if statistic == "variance":
@@ -55,7 +60,7 @@ class RangeTargets:
 
 @dataclass
 class Degrees:
-    """Cost of each approximation: squarings of the Gaussian kernel, degree and Goldschmidt steps of the power softmax's reciprocal, degree and
+    """Cost of each approximation: squarings of the Gaussian kernels, degree and Goldschmidt steps of the reciprocals of rows, degree and
     Newton steps of 1 / sqrt, degrees of the activations."""
 
     squarings: int = 5
@@ -100,13 +105,13 @@ class RangePenalty:
         variances = [name for name, entry in tracker.ranges.items() if entry.statistic == "variance"]
         centres = dict.fromkeys(tracker.ranges, 1.0) if from_scratch else {name: float(values.median()) for name, values in statistics.items()}
         intervals = {name: targets.interval(entry.statistic, functions.get(name), centres[name]) for name, entry in tracker.ranges.items()}
-        power_means = [name for name, entry in tracker.ranges.items() if entry.statistic == "power_mean"]
+        power_means = [name for name, entry in tracker.ranges.items() if entry.statistic in _MEANS]
         return cls(intervals, variances + power_means, variances if from_scratch else ())
 
     @classmethod
     def from_ranges(cls, ranges: Mapping[str, LayerRange]) -> RangePenalty:
         """A penalty that keeps every layer inside what it was seen to do, so that the margin of its calibrated interval stays free."""
-        logarithmic = [name for name, entry in ranges.items() if entry.statistic in ("variance", "power_mean")]
+        logarithmic = [name for name, entry in ranges.items() if entry.statistic in ("variance", *_MEANS)]
         return cls({name: (entry.minimum, entry.maximum) for name, entry in ranges.items()}, logarithmic)
 
 
@@ -121,9 +126,9 @@ def track_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, LayerR
 def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degrees, margin: float = 0.25) -> dict[str, dict[str, Any]]:
     """`config.approximations` for `model`: intervals wide enough for the observed `ranges` plus `margin`, with the given degrees.
 
-    Variances get the margin as a factor on both sides, power means its p-th power, so that it is one of the scores (below a power mean's eps there
-    is nothing), activations and scores a symmetric interval (which halves the work of an even or odd polynomial), exponents a lower end and,
-    should it need them, more squarings. Ends are rounded outwards to two significant digits.
+    Variances get the margin as a factor on both sides, means of rows its p-th power, so that it is one of the scores (nothing is below eps, and no mean of
+    Gaussian weights above 1 + eps), activations and scores a symmetric interval (which halves the work of an even or odd polynomial), exponents a
+    lower end and, should it need them, more squarings. Ends are rounded outwards to two significant digits.
     """
     modules = {getattr(module, "layer_name", "") or name: module for name, module in model.named_modules()}
     functions = _activation_functions(model)
@@ -135,11 +140,12 @@ def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degre
         elif seen.statistic == "variance":
             interval = [_round_down(seen.minimum / (1.0 + margin)), _round_up(seen.maximum * (1.0 + margin))]
             entry = {"interval": interval, "degree": degrees.norm_degree, "newton_steps": degrees.norm_newton_steps}
-        elif seen.statistic == "power_mean":
+        elif seen.statistic in _MEANS:
             config = modules[name].config
             floor = config.power_softmax_eps if config.power_softmax_length_agnostic else 0.0
             factor = (1.0 + margin) ** config.power_softmax_degree
-            interval = [max(floor, _round_down(seen.minimum / factor)), _round_up(seen.maximum * factor)]
+            ceiling = math.inf if seen.statistic == "power_mean" else 1.0 + config.power_softmax_eps
+            interval = [max(floor, _round_down(seen.minimum / factor)), min(ceiling, _round_up(seen.maximum * factor))]
             entry = {"interval": interval, "degree": degrees.reciprocal_degree, "goldschmidt_steps": degrees.goldschmidt_steps}
         elif seen.statistic == "score":
             half = _round_up(max(-seen.minimum, seen.maximum) * (1.0 + margin))

@@ -50,8 +50,8 @@ class TestTokens:
     def test_greedy(self, rig):
         rig.check(new=6)
 
-    @pytest.mark.parametrize("kernel", ["power", "divisor"])
-    def test_power_softmax(self, tmp_path, kernel):
+    @pytest.mark.parametrize("kernel", ["power", "divisor", "normalized"])
+    def test_divided_weights(self, tmp_path, kernel):
         Rig(tmp_path, kernel).check()
 
     def test_two_layers_one_after_the_other(self, tmp_path):

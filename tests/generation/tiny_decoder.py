@@ -15,6 +15,7 @@ WORDS = [
 KERNELS = {
     "gaussian": {"attention_kernel": "gaussian_kernel"},
     "power": {"attention_kernel": "power_softmax", "power_softmax_eps": 0.5},
+    "normalized": {"attention_kernel": "normalized_gaussian_kernel", "power_softmax_eps": 0.05, "power_softmax_length_agnostic": True},
     "divisor": {"attention_kernel": "power_softmax", "power_softmax_shift": 1.0, "power_softmax_divisor": 4000.0},
 }
 
@@ -52,5 +53,6 @@ def _entry(observed) -> dict:
         "input": {"interval": [min(low, -high) - margin, max(high, -low) + margin], "degree": 15},
         "exponent": {"interval": [low - margin, 0.0], "squarings": 6},
         "power_mean": {"interval": [low / 2, 2 * high], "degree": 15, "goldschmidt_steps": 3},
+        "kernel_mean": {"interval": [low / 2, 2 * high], "degree": 15, "goldschmidt_steps": 3},
         "score": {"interval": [low - margin, high + margin]},
     }[observed.statistic]

@@ -68,6 +68,7 @@ def test_gaussian_kernel(make_lab, features, tokens, heads, chunks):
         PowerSoftmax(4, 0.1),
         PowerSoftmax(6, 0.1, length_agnostic=True),
         PowerSoftmax(2, 0.2, shift=0.5),
+        PowerSoftmax(32, 0.1, shift=1.0, distances=True),
         PowerSoftmax(4, 0.1, shift=1.0, divisor=20.0),
         PowerSoftmax(4, 0.1, divisor=3.0, length_agnostic=True),
     ],

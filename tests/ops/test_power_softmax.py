@@ -20,6 +20,7 @@ FORMS = {
     "p=6, mean": PowerSoftmax(6, 0.05, length_agnostic=True),
     "p=2, bias 1": PowerSoftmax(2, 1.0),
     "p=8": PowerSoftmax(8, 0.1),
+    "normalized Gaussian kernel": PowerSoftmax(32, 0.05, shift=1.0, length_agnostic=True, distances=True),
     "constant divisor": PowerSoftmax(4, 0.05, shift=1.0, divisor=20.0),
     "constant divisor per key, p=10": PowerSoftmax(10, 0.05, shift=0.5, divisor=500.0, length_agnostic=True),
 }
@@ -31,7 +32,8 @@ def heads_of(x, heads):
 
 def approximation_of(form, query, key, keep, scaling, degree=7, steps=2):
     """Of the range that eps + mean x^p, or x + c, has on these inputs."""
-    scores = (query @ key.transpose(-1, -2) * scaling + form.shift) * keep
+    products = torch.cdist(query, key).square() if form.distances else query @ key.transpose(-1, -2)
+    scores = (products * form.factor(scaling) + form.shift) * keep
     if form.divisor is not None:
         bound = float(scores.abs().max())
         return power_polynomial((-bound, bound), form.power)

@@ -24,7 +24,8 @@ from hf_he.training.recipe import load_recipe
 
 STAGE = {"tokens": 8_000, "learning_rate": 8e-3, "batch_size": 8, "warmup": 0.1}
 GAUSSIAN = {"attention_kernel": "gaussian_kernel", "initial_score": -1.5}
-POWER = {"attention_kernel": "power_softmax", "power_softmax_eps": 0.05, "power_softmax_length_agnostic": True, "initial_score": 0.8}
+NORMALIZED = {"attention_kernel": "normalized_gaussian_kernel", "power_softmax_eps": 0.01, "power_softmax_length_agnostic": True, "initial_score": -1.0}
+POWER = {"attention_kernel": "power_softmax", "power_softmax_eps": 0.05, "power_softmax_length_agnostic": True, "power_softmax_shift": 0.8}
 
 
 def run(command, *arguments):
@@ -45,8 +46,8 @@ def recipe(tmp_path_factory):
     values = {
         "kind": "language-model", "data_dir": str(folder / "texts"), "output_dir": str(folder / "out"), "seeds": [0, 1], "vocabulary": 290, "block": 16,
         "architecture": {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64},
-        "variants": {"softmax": {"attention_kernel": "softmax"}, "gaussian_kernel": GAUSSIAN, "power_softmax": POWER},
-        "convert": ["power_softmax"], "publish": ["gaussian_kernel", "power_softmax"], "calibration_rows": 200, "margin": 0.5,
+        "variants": {"softmax": {"attention_kernel": "softmax"}, "gaussian_kernel": GAUSSIAN, "power_softmax": POWER, "normalized_gaussian_kernel": NORMALIZED},
+        "convert": ["power_softmax"], "publish": ["gaussian_kernel", "normalized_gaussian_kernel", "power_softmax"], "calibration_rows": 200, "margin": 0.5,
         "degrees": {"norm_newton_steps": 1, "goldschmidt_steps": 2, "squarings": 6, "activations": {"gelu": 15}},
         "pretrain_stage": STAGE, "polynomial_stage": STAGE | {"tokens": 2_000, "learning_rate": 1e-3}, "convert_stage": STAGE | {"tokens": 2_000},
     }  # fmt: skip
@@ -63,7 +64,7 @@ def trained(recipe):
 def test_every_model_learns_in_polynomial_mode_at_equal_tokens(trained):
     _, report = trained
     summary = report["summary"]
-    assert set(summary) == {"softmax", "gaussian_kernel", "power_softmax", "power_softmax-converted"}
+    assert set(summary) == {"softmax", "gaussian_kernel", "normalized_gaussian_kernel", "power_softmax", "power_softmax-converted"}
     assert all(entry["mean"] < 6.0 for entry in summary.values()), "290 without knowledge"
     assert summary["softmax"]["tokens"] == summary["gaussian_kernel"]["tokens"] == summary["power_softmax"]["tokens"] == 9_856
     assert summary["softmax"]["ratio_to_softmax"] == 1.0 and len(summary["gaussian_kernel"]["ratios"]) == 2
@@ -71,7 +72,7 @@ def test_every_model_learns_in_polynomial_mode_at_equal_tokens(trained):
 
 def test_published_folders_generate_in_polynomial_mode(trained):
     out, report = trained
-    for name in ("gaussian_kernel", "power_softmax"):
+    for name in ("gaussian_kernel", "normalized_gaussian_kernel", "power_softmax"):
         folder = out / "published" / name
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -82,7 +83,7 @@ def test_published_folders_generate_in_polynomial_mode(trained):
         assert model.generate(**prompt, max_new_tokens=6, do_sample=False, eos_token_id=None).shape[1] == prompt["input_ids"].shape[1] + 6
         card = ModelCard.load(folder / "README.md")
         assert card.data.eval_results[0].metric_value == round(report["runs"][name]["0"]["test"]["polynomial"], 3)
-        assert ("US 12,647,248 B2" in card.text) == (name == "power_softmax")
+        assert ("US 12,647,248 B2" in card.text) == (name != "gaussian_kernel")
         assert "{" not in card.text.replace("```", "")
         assert (folder / "modeling_hf_he.py").is_file()
 
@@ -105,12 +106,12 @@ def test_evaluate_gives_the_perplexity_of_the_report(trained, recipe):
 def test_a_second_run_repeats_only_stages_whose_settings_changed(trained, recipe):
     out, _ = trained
     markers = {path: path.stat().st_mtime_ns for path in out.rglob("stage.json")}
-    assert len(markers) == 1 + 2 * 3 * 3 + 3
+    assert len(markers) == 1 + 2 * 4 * 3 + 3
     other = recipe.with_name("changed.yaml")
     other.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"margin": 0.6, "seeds": [0]}))
     run(train, "--config", other, "--json")
     again = {str(path.parent.relative_to(out)) for path, written in markers.items() if path.stat().st_mtime_ns != written}
-    runs = ("gaussian_kernel", "power_softmax", "power_softmax-converted")
+    runs = ("gaussian_kernel", "normalized_gaussian_kernel", "power_softmax", "power_softmax-converted")
     assert again == {f"seed0/{run}/{stage}" for run in runs for stage in ("final", "scores")}
 
 
@@ -180,7 +181,7 @@ def test_scores_of_a_fresh_model_start_where_asked(variant, statistic):
     with torch.no_grad(), RangeTracker(model) as tracker:
         model(torch.arange(48).view(6, 8))
     seen = tracker.ranges["gpt_neox.layers.1.attention"]
-    expected = variant["initial_score"] if statistic == "exponent" else 0.05 + variant["initial_score"] ** 4
+    expected = variant["initial_score"] if statistic == "exponent" else 0.05 + variant["power_softmax_shift"] ** 4
     assert seen.statistic == statistic and seen.minimum < expected < seen.maximum
     assert math.isclose((seen.minimum + seen.maximum) / 2, expected, rel_tol=0.5)
 

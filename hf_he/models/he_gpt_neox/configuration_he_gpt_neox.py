@@ -29,15 +29,17 @@ class HEGPTNeoXConfig(GPTNeoXConfig):
     Fields of `GPTNeoXConfig` mean the same. The others:
 
     Args:
-        attention_kernel: "gaussian_kernel" (default), "power_softmax", or "softmax" (exact mode only: it has no polynomial form).
+        attention_kernel: "gaussian_kernel" (default), "normalized_gaussian_kernel", "power_softmax", or "softmax" (exact mode only: it has no
+            polynomial form).
         power_softmax_degree: even p of x^p.
-        power_softmax_eps: constant of the denominator; 1 for PolySketchFormer's.
+        power_softmax_eps: constant of the denominator, the normalized Gaussian kernel's too; 1 for PolySketchFormer's.
         power_softmax_length_agnostic: add eps to the mean over the valid keys of each row instead of the sum.
         power_softmax_shift: c of (x + c)^p.
         power_softmax_divisor: divide by this constant (times the number of valid keys if length-agnostic) instead of eps + sum.
         mode: "exact" or "polynomial".
         approximations: {layer name: entry} from calibration. LayerNorms {"interval", "degree", "newton_steps"} on variance + eps; activations
-            {"interval", "degree"} on the input; attention {"interval", "squarings"} on the exponent (gaussian_kernel) or
+            {"interval", "degree"} on the input; attention {"interval", "squarings"} on the exponent (Gaussian kernels; "....attention.normalizer"
+            {"interval", "degree", "goldschmidt_steps"} on eps + mean weight) or
             {"interval", "degree", "goldschmidt_steps"} on eps + mean x^p (power_softmax; with a divisor {"interval"} on x + c). Names are
             those of the modules in `HEGPTNeoXForCausalLM`, e.g. "gpt_neox.layers.0.attention".
     """
