@@ -78,11 +78,7 @@ class InverseSquareRoot:
         return self.guess.depth + 2 * self.newton_steps
 
     def __call__(self, value: Array) -> Array:
-        if not getattr(value, "requires_grad", False):
-            return self.refine(value, self.guess(value))
-        fixed = value.detach()
-        inverse = self(fixed)
-        return inverse - inverse * inverse * (value - fixed)
+        return self.refine(value, self.guess(value))
 
     def refine(self, value: Array, estimate: Array) -> Array:
         """The Newton steps alone, from `estimate` of 1 / sqrt(`value`)."""
