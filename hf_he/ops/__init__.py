@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from hf_he.errors import ShapeError, UnsupportedModelError
-from hf_he.ops import attention, attention_gradient, feature_major_attention, linear, power_softmax, reduce, rotary, weights
+from hf_he.ops import attention, attention_gradient, feature_major_attention, feature_major_attention_gradient, linear, power_softmax, reduce, rotary, weights
 from hf_he.packing import Packing
 
 __all__ = ["DECODERS", "required_rotations"]
@@ -23,7 +23,9 @@ def required_rotations(config: Any, packing: Packing, lora_rank: int = 0, traini
     and backward with encrypted adapters and an encrypted head; plaintext ones are run with training=False.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
-    if packing.features == 1 and not training and config.model_type not in DECODERS and config.attention_kernel == "gaussian_kernel":
+    if packing.features == 1 and config.model_type not in DECODERS and config.attention_kernel == "gaussian_kernel":
+        if training:
+            return feature_major_attention_gradient.rotations(packing) | weights.rotations(packing)
         return feature_major_attention.rotations(packing)
     if packing.features != hidden:
         raise ShapeError(f"the packing has {packing.features} features per ciphertext, the model {hidden}: use Packing.fit(slots, {hidden}, tokens)")
@@ -49,8 +51,9 @@ def _attention(config: Any, packing: Packing) -> set[int]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = packing.features // head_dim
     steps = attention.rotations(packing, heads)
-    if config.attention_kernel == "power_softmax":
-        steps |= power_softmax.rotations(packing, heads, divisor=config.power_softmax_divisor is not None)
+    if config.attention_kernel != "gaussian_kernel":
+        divisor = config.attention_kernel == "power_softmax" and config.power_softmax_divisor is not None
+        steps |= power_softmax.rotations(packing, heads, divisor)
     if config.model_type in DECODERS:
         share = config.rope_parameters.get("partial_rotary_factor", 1.0)
         steps |= rotary.rotations(packing, int(head_dim * share))

@@ -60,9 +60,8 @@ def encrypted(
         q, k, v = (_projected(_rows(operand, rows), level, factor) for operand, level, factor in wanted)
         with backend.log.measure("attention"):
             v = v if mask is None else context.product(v, mask)
-            scores = _scores(context, q, k)
-            weights = attention.kernel(context, scores, approximation.squarings, levels.value)
-            outputs.append(_weighted_sum(context, weights, v))
+            weights = attention.kernel(context, scores(context, q, k), approximation.squarings, levels.value)
+            outputs.append(weighted_sum(context, weights, v))
     return backend.reshape(backend.stack(outputs), (query.features,))
 
 
@@ -116,29 +115,36 @@ def _projected(operand: Operand, level: int, gain: float) -> Ciphertext:
     return backend.rescale(backend.multiply_scalar(ct, gain, context.canonical_factor(ct.level, ct.scale)))
 
 
-def _diagonals(count: int, babies: int) -> Iterator[tuple[int, int]]:
-    return ((j // babies, j % babies) for j in range(count))
+def diagonals(packing: Packing) -> Iterator[tuple[int, int]]:
+    """Giant and baby step of each diagonal, in the order of the scores."""
+    return (divmod(j, baby_count(packing)) for j in range(packing.tokens))
 
 
-def _scores(context: OperationContext, q: Ciphertext, k: Ciphertext) -> Ciphertext:
+def heads_of(context: OperationContext, ct: Ciphertext, heads: int) -> list[Ciphertext]:
+    """[features] as [head_dim] of each head."""
+    width = ct.count // heads
+    return [context.backend.take(ct, slice(start, start + width)) for start in range(0, ct.count, width)]
+
+
+def scores(context: OperationContext, q: Ciphertext, k: Ciphertext) -> Ciphertext:
     """[T] holding -||q - k||^2, one level below q [head_dim]."""
     backend, packing = context.backend, context.packing
     rotated_k = backend.rotate(k, baby_steps(packing))
     rotated_q = backend.rotate(q, [-step for step in giant_steps(packing)])
     sums = []
-    for g, a in _diagonals(packing.tokens, baby_count(packing)):
+    for g, a in diagonals(packing):
         difference = backend.subtract(backend.take(rotated_k, a), backend.take(rotated_q, g))
         sums.append(backend.sum(backend.multiply(difference, difference)))
     return backend.negate(backend.rescale(backend.relinearize(backend.stack(sums))))
 
 
-def _weighted_sum(context: OperationContext, weights: Ciphertext, v: Ciphertext) -> Ciphertext:
+def weighted_sum(context: OperationContext, weights: Ciphertext, v: Ciphertext) -> Ciphertext:
     """sum_j weights_j * v_j [head_dim], one level below v."""
-    backend, packing, babies = context.backend, context.packing, baby_count(context.packing)
+    backend, packing = context.backend, context.packing
     weights = backend.match_level(weights, v.level)
     rotated_v = backend.rotate(v, baby_steps(packing))
     sums: list[Ciphertext] = []
-    for j, (g, a) in enumerate(_diagonals(packing.tokens, babies)):
+    for j, (g, a) in enumerate(diagonals(packing)):
         term = backend.multiply(backend.take(weights, slice(j, j + 1)), backend.take(rotated_v, a))
         if a:
             sums[g] = backend.add(sums[g], term)

@@ -116,8 +116,8 @@ class WaitingNormGradient(Operand):
             products = backend.rescale(backend.relinearize(sum_blocks(context, backend.multiply(given, weighted))))
             scaled = self._weighted(given, weight)
             sums = backend.stack([products, sum_blocks(context, scaled)]) if centre else backend.stack([products])
-            factors = np.array([2.0, 1.0])[: sums.batch_shape[0]] / self.features
-            tag = ("norm gradient", len(factors), self.features)
+            factors = np.array([2.0 / statistics.factor**2, 1.0])[: sums.batch_shape[0]] / self.features
+            tag = ("norm gradient", len(factors), self.features, statistics.factor)
             sums = context.multiply_constant(reduce.sum_features(context, sums, c), tag, lambda: factors[:, None, None] * reduce.first_of(c))
             sums = reduce.replicate_features(context, sums, c)
             scaled = backend.match_level(scaled, level + 1)
