@@ -26,12 +26,13 @@ from hf_he.autograd import Loss
 from hf_he.backends.native import NativeBackend
 from hf_he.bench.full_finetuning import encrypt_encoder, use_softmax
 from hf_he.bench.pricing import PricedSession, Prices, Units
-from hf_he.ckks.parameters import parameter_set
+from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.step import MicroBatch, TrainingRun, make_loss, make_optimizer
 from hf_he.ops import matrix
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings
+from hf_he.planner import make_plan
 from hf_he.refresh import ClientRefresh
 from hf_he.tensor import EncryptedSession
 
@@ -120,9 +121,10 @@ class Work:
         return {part: sum(count for (name, _), count in units.items() if name == "refresh") for part, units in parts.items()}
 
 
-def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False) -> Work:
-    """LoRA of this rank on queries, keys and values, and the classifier; Gaussian-kernel attention, or softmax."""
-    session = PricedSession(parameter_set(shape.parameters), shape.packing)
+def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False, parameters: CKKSParameters | None = None) -> Work:
+    """LoRA of this rank on queries, keys and values, and the classifier; Gaussian-kernel attention, or softmax. `parameters`: others than the shape's."""
+    parameters = parameters or parameter_set(shape.parameters)
+    session = PricedSession(parameters, Packing.fit(parameters.slots, shape.features, shape.tokens))
     backend = session.backend
     run = TrainingRun(session, make_model(shape), TrainingSettings(rank=rank))
     if softmax_attention:
@@ -143,6 +145,17 @@ def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False) -> 
         run.load(*run.update(run.gradient(session.packing.sequences), step))
         optimizer += backend.take_units()
     return Work({"layers": _scaled(layers, 1 / OPTIMIZER_STEPS), "optimizer": _scaled(optimizer, 1 / OPTIMIZER_STEPS)}, inference, run.layout.count)
+
+
+def count_inference(shape: Shape, parameters: CKKSParameters, packing: Packing) -> Units:
+    """A merged adapter, at the planned levels."""
+    model = make_model(shape)
+    session = PricedSession(parameters, packing)
+    session.place(model, make_plan(model, parameters, packing).levels)
+    fresh = session.backend.fresh(session.top)
+    with torch.no_grad():
+        _forward(session, model, fresh)
+    return session.backend.take_units()
 
 
 def count_full(shape: Shape) -> Work:

@@ -83,6 +83,10 @@ class PricedBackend(CountingBackend):
         self.units["multiply_plain_sum", a.level] += plain.batch_shape[0] * a.count
         super()._multiply_plain_sum(plain, a)
 
+    def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> None:
+        self.units["weight", a.level] += weights.shape[0] * a.count
+        super()._linear_combination(weights, a)
+
     def _multiply_integer(self, a: Ciphertext, value: int) -> None:
         self.units["multiply_scalar", a.level] += a.count
 
