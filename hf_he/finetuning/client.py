@@ -67,10 +67,18 @@ class TrainingClient:
         self.folder = None if folder is None else Path(folder)
         self.num_labels = client.model.config.num_labels
         torch.manual_seed(seed)
-        self.model = adapted_model(load_classifier(client.directory).double(), settings)
+        self.model = self._adapted()
         self.layout = AdapterLayout.of(self.model, self.packing)
         self.optimizer = make_optimizer(settings)
         self._optimizer_states: dict[int, tuple[np.ndarray, Mapping[str, np.ndarray]]] = {}
+
+    def _adapted(self) -> Any:
+        return adapted_model(load_classifier(self.client.directory).double(), self.settings)
+
+    @property
+    def loss_blocks(self) -> int:
+        """Ciphertexts that the server asks about where the loss is this client's part."""
+        return self.packing.blocks(self.num_labels)
 
     @cached_property
     def plan(self) -> StepPlan:
@@ -193,17 +201,22 @@ class TrainingClient:
     # ---- what comes back ----
     def read_result(self, data: bytes, step: int, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, dict[str, Any]]:
         """Logits [n, K] of this share's examples in the order of `rows`, and the server's report. Raises the typed errors of an answer that does not fit."""
-        result = StepResult.from_bytes(data)
-        result.identity.check(self.client.identity, "training result")
-        result.run.check(self.run)
-        if result.step != step or result.batches != len(rows):
-            raise CorruptFileError(f"step {result.step} with {result.batches} micro-batches came back, not step {step} with {len(rows)}: resume the run")
+        result = self.opened_result(data, step, len(rows))
         ciphertext = self._own(result.logits, (result.batches,), "logits")
         slots = self.backend.decrypt(ciphertext, self.client.keys.secret)
         logits = np.concatenate([unpack_logits(batch, self.packing, self.num_labels, len(part)) for batch, part in zip(slots, rows, strict=True)])
         if not np.isfinite(logits).all():
             raise CorruptFileError("the logits decrypt to numbers that are not finite (their scale is wrong): resume the run")
         return logits, result.report
+
+    def opened_result(self, data: bytes, step: int, batches: int) -> StepResult:
+        """The answer to a step, checked to be that of this step and run."""
+        result = StepResult.from_bytes(data)
+        result.identity.check(self.client.identity, "training result")
+        result.run.check(self.run)
+        if result.step != step or result.batches != batches:
+            raise CorruptFileError(f"step {result.step} with {result.batches} micro-batches came back, not step {step} with {batches}: resume the run")
+        return result
 
     def read_adapter(self, data: bytes) -> tuple[int, dict[str, torch.Tensor]]:
         """(step, decrypted adapter by parameter name)."""
@@ -253,18 +266,19 @@ class Answers:
         if (question.about, question.batch) in self._answered:
             raise RefreshError(f"the server asked about the {question.about} of micro-batch {question.batch} twice: do not trust it, or report a bug")
         self._answered.add((question.about, question.batch))
-        shape = (training.packing.blocks(training.num_labels),) if question.about == LOSS else (training.layout.count,)
+        shape = (training.loss_blocks,) if question.about == LOSS else (training.layout.count,)
         ciphertext = training.backend.deserialize(question.ciphertext, "ciphertext")
         if ciphertext.batch_shape != shape:
             raise RefreshError(f"the server asked about a batch of {ciphertext.batch_shape}, {shape} was expected: do not trust it, or report a bug")
         values = np.nan_to_num(training.backend.decrypt(ciphertext, training.client.keys.secret), nan=0.0, posinf=0.0, neginf=0.0)
-        if question.about == LOSS:
-            rows = self._rows[question.batch]
-            logits = unpack_logits(values, training.packing, training.num_labels, len(rows))
-            answer = training.on_first_tokens(training.loss_gradient(logits, [self._labels[row] for row in rows]))
-        else:
-            answer = training.updated(self._step, values)
+        answer = self._loss(values, question.batch) if question.about == LOSS else training.updated(self._step, values)
         return training.backend.serialize(training.backend.encrypt(answer, training.client.keys.secret))
+
+    def _loss(self, values: np.ndarray, batch: int) -> np.ndarray:
+        """The gradient of micro-batch `batch` from its decrypted logits."""
+        training, rows = self._training, self._rows[batch]
+        logits = unpack_logits(values, training.packing, training.num_labels, len(rows))
+        return training.on_first_tokens(training.loss_gradient(logits, [self._labels[row] for row in rows]))
 
     def check(self) -> None:
         """Raise RangeError when a refreshed value had to be clipped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -63,12 +64,18 @@ class StepPlan:
 def plan_step(model: nn.Module, parameters: CKKSParameters, packing: Packing, settings: TrainingSettings) -> StepPlan:
     """The plan of a training step of `model`, which gets the adapter of `settings` (pass a model of your own)."""
     session = CountingSession(parameters, packing)
-    backend = session.backend
     run = TrainingRun(session, model, replace(settings, steps=max(settings.steps, 2)))
-    fresh = backend.fresh(session.top)
-    run.load(replace(fresh, batch_shape=(run.layout.count,)))
+    fresh = session.backend.fresh(session.top)
     ask = (lambda logits: fresh) if settings.loss_location == "client" else None
     blocks = replace(fresh, batch_shape=(packing.blocks(run.model.config.hidden_size),))
+    return plan_run(session, run, lambda: run.micro_batch(MicroBatch(blocks, fresh, fresh, fresh), ask))
+
+
+def plan_run(session: CountingSession, run: TrainingRun, micro_batch: Callable[[], object]) -> StepPlan:
+    """The plan of a step of `run` on a counting session, its schedule two steps or longer; `micro_batch` does forward and backward of one."""
+    backend, settings = session.backend, run.settings
+    fresh = backend.fresh(session.top)
+    run.load(replace(fresh, batch_shape=(run.layout.count,)))
 
     def measured() -> Part:
         part = Part(backend.log.operations(), dict(backend.seconds), tuple(backend.refreshes))
@@ -82,15 +89,15 @@ def plan_step(model: nn.Module, parameters: CKKSParameters, packing: Packing, se
         backend.reset()
         run.prepare()
         before = measured()
-        run.micro_batch(MicroBatch(blocks, fresh, fresh, fresh), ask)
-        micro_batch = measured()
+        micro_batch()
+        of_batch = measured()
         gradient = run.gradient(settings.sequences)
         if settings.optimizer_location == "server":
             run.load(*run.update(gradient, step))
         else:
             run.load(replace(fresh, batch_shape=(run.layout.count,)))
         updates.append(_sum(before, measured()))
-    return StepPlan(rotations, micro_batch, max(updates, key=lambda part: sum(part.seconds.values())))
+    return StepPlan(rotations, of_batch, max(updates, key=lambda part: sum(part.seconds.values())))
 
 
 def _sum(a: Part, b: Part) -> Part:

@@ -33,6 +33,7 @@ from hf_he.finetuning.protocol import (
     EncryptedAdapterMessage,
     Question,
     StepResult,
+    TrainingSettings,
     TrainingSetup,
     TrainingStep,
 )
@@ -54,13 +55,14 @@ class SetupWork:
 
 @dataclass(frozen=True)
 class StepWork:
-    """A checked step: ciphertexts `embeddings` [batches, blocks], the others [batches, 1]; `attention_mask` is an array where masks are public."""
+    """A checked step: ciphertexts `embeddings` [batches, blocks], the others [batches, 1]; `attention_mask` is an array where masks are public. A decoder
+    has embeddings only."""
 
-    message: TrainingStep = field(repr=False)
+    message: Any = field(repr=False)
     embeddings: Ciphertext = field(repr=False)
-    attention_mask: Any = field(repr=False)
-    labels: Ciphertext = field(repr=False)
-    sequence_weights: Ciphertext = field(repr=False)
+    attention_mask: Any = field(repr=False, default=None)
+    labels: Ciphertext | None = field(repr=False, default=None)
+    sequence_weights: Ciphertext | None = field(repr=False, default=None)
 
 
 class FinetuneServer(Server):
@@ -69,6 +71,8 @@ class FinetuneServer(Server):
     `announce` receives a line when a damaged checkpoint was passed over. `workers` is the group of ranks that share each step; rank r > 0
     keeps its checkpoints in `folder`/rank-r. Raises CheckpointError when the folder is in use or holds nothing readable, and the errors of `hf_he.Server`.
     """
+
+    step_kind = STEP_KIND
 
     def __init__(
         self,
@@ -123,8 +127,8 @@ class FinetuneServer(Server):
             message.identity.check(self.identity, "training setup")
             self._check_new(message)
             return SetupWork(message, self.backend.deserialize(message.weights, "ciphertext"))
-        if kind == STEP_KIND:
-            return self._open_step(TrainingStep.from_bytes(data))
+        if kind == self.step_kind:
+            return self._open_step(data)
         if kind == REQUEST_KIND:
             request = AdapterRequest.from_bytes(data)
             request.identity.check(self.identity, "adapter request")
@@ -166,9 +170,12 @@ class FinetuneServer(Server):
         """Load the run of a checkpoint."""
         read = partial(self.backend.deserialize, kind="ciphertext")
         session = EncryptedSession(self.backend, self.packing, self.session.refresh)
-        run = TrainingRun(session, load_classifier(self._directory), checkpoint.settings)
+        run = self._new_run(session, checkpoint.settings)
         run.load(self._dense(read(checkpoint.weights), run), {name: self._dense(read(data), run) for name, data in checkpoint.state.items()} or None)
         self.session, self.model, self._run, self._checkpoint = session, run.model, run, checkpoint
+
+    def _new_run(self, session: EncryptedSession, settings: TrainingSettings) -> TrainingRun:
+        return TrainingRun(session, load_classifier(self._directory), settings)
 
     def _set_up(self, work: SetupWork) -> bytes:
         message = work.message
@@ -213,15 +220,20 @@ class FinetuneServer(Server):
         return EncryptedAdapterMessage(self.identity, found.run, found.step, found.weights).to_bytes()
 
     # ---- a step ----
-    def _open_step(self, message: TrainingStep) -> StepWork:
+    def _check_step(self, message: Any) -> TrainingSettings:
+        """The run's settings, once `message` is known to be a step of it that may be taken now."""
         found = self._started()
         message.identity.check(self.identity, "training step")
         message.run.check(found.run)
         if message.step not in (found.step, found.step + 1):
             raise TrainingError(f"step {message.step} was sent, step {found.step} is the last one finished: resume from step {found.step + 1}")
-        settings, packing, batches = found.settings, self.packing, message.batches
-        if message.sequences > settings.sequences:
-            raise TrainingError(f"{message.sequences} examples in a step of {settings.sequences}: client and server disagree about the batch size")
+        if message.sequences > found.settings.sequences:
+            raise TrainingError(f"{message.sequences} examples in a step of {found.settings.sequences}: client and server disagree about the batch size")
+        return found.settings
+
+    def _open_step(self, data: bytes) -> StepWork:
+        message = TrainingStep.from_bytes(data)
+        settings, packing, batches = self._check_step(message), self.packing, message.batches
         if settings.public_padding_mask != (message.public_mask is not None):
             raise TrainingError("padding masks are public in this run's settings or they are not: client and server disagree")
         mask = message.public_mask

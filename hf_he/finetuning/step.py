@@ -61,7 +61,7 @@ class TrainingRun:
 
     def __init__(self, session: EncryptedSession, model: nn.Module, settings: TrainingSettings) -> None:
         self.session, self.settings = session, settings
-        self.model = adapted_model(model, settings)
+        self.model = self.adapted(model, settings)
         self.num_labels = self.model.config.num_labels
         self.layout = AdapterLayout.of(self.model, session.packing)
         self.optimizer = make_optimizer(settings)
@@ -69,6 +69,10 @@ class TrainingRun:
         self.adapter: EncryptedAdapter | None = None
         self.state: dict[str, Ciphertext] = {}
         self._installed = False
+
+    @staticmethod
+    def adapted(model: nn.Module, settings: TrainingSettings) -> nn.Module:
+        return adapted_model(model, settings)
 
     def load(self, weights: Ciphertext, state: dict[str, Ciphertext] | None = None) -> None:
         """Go on from dense weights [count] and the optimiser's state; None begins it. Nothing is computed yet."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_he.backends import backend_class
 from hf_he.checkpoints import default_decoder, default_model
 from hf_he.ckks.parameters import parameter_set
-from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
+from hf_he.client import BOOTSTRAPPING_PARAMETERS, Client
 from hf_he.errors import CorruptFileError, DataError, HEError, ParameterError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_server
@@ -44,7 +45,7 @@ from hf_he.serialization import read_file, write_file
 
 def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, bootstrapping: bool, generation: dict[str, Any] | None = None) -> None:
     """Write secret.key, public.key and evaluation.keys into `out`; `generation`: the options of a GenerationClient, for a decoder."""
-    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else DEFAULT_PARAMETERS)
+    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else backend_class(backend).default_parameters)
     parameter_set(parameters)
     if generation is None:
         client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
@@ -134,7 +135,6 @@ def serve(
     `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes. Under torchrun every rank is a server of its own, on the
     next port; the first one names all of them.
     """
-    from hf_he.backends import backend_class
     from hf_he.finetuning.parallel import Workers
     from hf_he.keys import ServerKeys
     from hf_he.server import Server
@@ -150,14 +150,21 @@ def serve(
             what = "serving" if finetune is None else "training"
             console.print(f"{what} {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
 
+    def notice(text: str) -> None:
+        say(f"[yellow]notice:[/] {text}")
+
     try:
         workers = Workers() if finetune is None else Workers.from_environment()
         keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if backend != "auto" and backend_class(backend).name != keys.backend:
             raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
         if finetune is not None and generation is not None:
-            raise ParameterError("a server either trains or generates: leave --finetune or --generate out")
-        if generation is not None:
+            from hf_he.finetuning.language_server import LanguageFinetuneServer
+
+            if generation["adapter"] is not None:
+                raise ParameterError("training begins with a fresh adapter: leave --adapter out")
+            server = LanguageFinetuneServer(model or default_decoder(), keys, finetune, refresh=refresh, context=generation["context"], announce=notice)
+        elif generation is not None:
             from hf_he.generation.server import GenerationServer
 
             server = GenerationServer(model or default_decoder(), keys, refresh=refresh, **generation)
@@ -165,9 +172,6 @@ def serve(
             server = Server(model or default_model(), keys, refresh=refresh)
         else:
             from hf_he.finetuning.server import FinetuneServer
-
-            def notice(text: str) -> None:
-                say(f"[yellow]notice:[/] {text}")
 
             server = FinetuneServer(model or default_model(), keys, finetune, refresh=refresh, announce=notice, workers=workers)
     except HEError as error:

@@ -1,104 +1,96 @@
 """Fine-tune the shipped decoder on ciphertexts of a private text, then generate on ciphertexts with the adapter, which nobody but the client can read.
 
-    python recipes/generation/chain.py                                  simulator, 5 steps, a few minutes
+    python recipes/generation/chain.py                                    simulator, 8 steps
+    python recipes/generation/chain.py --kernel power_softmax
+    python recipes/generation/chain.py --backend native --steps 4 --json chain.json
 
-The LoRA weights of the last layer are ciphertexts from their first value on. Each step: encrypted forward, the client turns decrypted logits into an
-encrypted gradient of the language-model loss, encrypted backward, encrypted SGD. A plaintext twin in polynomial mode takes the same steps. The trained
-ciphertexts then go into a GenerationServer as they are. Client and server share this process; the server's objects hold evaluation keys only.
+This process is the client. The server is a process of its own, `hf-he serve` with the model and the evaluation-key file: first it trains LoRA on queries,
+keys and values (--generate --finetune), then another one generates with the adapter's ciphertexts as training left them (--generate --adapter). A
+plaintext twin in polynomial mode takes the same steps and generates too. Run again with the same --output-dir, training goes on after the last finished step.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import tempfile
+import time
 import warnings
+from pathlib import Path
 
-import torch
-from peft import get_peft_model
-from torch.nn import functional as F
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
-from hf_he import GenerationClient, GenerationServer, encrypted_generate
-from hf_he.backends import get_backend
+from hf_he import GenerationClient, encrypted_generate
 from hf_he.checkpoints import default_decoder
-from hf_he.ckks.parameters import parameter_set
-from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
-from hf_he.generation.adapter import EncryptedLora
-from hf_he.keys import Keys
-from hf_he.packing import pack_embeddings, unpack_state
-from hf_he.peft import HELoraConfig
-from hf_he.refresh import ClientRefresh
-from hf_he.tensor import EncryptedSession
+from hf_he.finetuning.language import EncryptedTextTrainer
+from hf_he.keys import EVALUATION_FILE
+from hf_he.local_server import local_server
 
 TEXT = "My dear sister, the garden is in bloom again, and the old pear tree by the wall has more flowers than I ever saw. Come and see it before the rain."
 warnings.simplefilter("ignore", FutureWarning)
+logging.disable_progress_bar()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--learning-rate", type=float, default=8.0)
+    parser.add_argument("--kernel", default="gaussian_kernel")
+    parser.add_argument("--backend", default="simulator")
+    parser.add_argument("--parameters", default="n14")
+    parser.add_argument("--text", type=Path, default=None, help="a text file; default: a few lines of a letter")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1.0)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", default="My dear sister,")
     parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--output-dir", type=Path, default=None)
+    parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hf-he-chain-") as folder:
+        result = run(arguments, arguments.output_dir or Path(folder) / "run")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    raise SystemExit(0 if result["tokens"] == result["tokens_polynomial"] else 1)
 
-    directory = default_decoder()
+
+def run(arguments: argparse.Namespace, folder: Path) -> dict:
+    directory = default_decoder(arguments.kernel)
+    text = arguments.text.read_text(encoding="utf-8") if arguments.text else TEXT
+    options = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "context": arguments.context, "announce": announce}
+    trainer = EncryptedTextTrainer(directory, text, folder, backend=arguments.backend, parameters=arguments.parameters, **options)
+    report = trainer.train()
+    losses = f"{report['losses'][0]:.5f} to {report['losses'][-1]:.5f} on ciphertexts, to {report['losses_polynomial'][-1]:.5f} in the clear"
+    print(f"loss before each update: {losses}; adapter within {report['adapter_relative_error']:.1e} of the twin's", flush=True)
+
+    adapter = folder / "encrypted_adapter"
+    user = GenerationClient(directory, trainer.client.backend, trainer.client.keys, adapter=adapter, context=arguments.context)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    backend = get_backend("simulator", parameter_set("n14"))
-    client = GenerationClient(directory, backend, context=arguments.context)
-    packing = client.packing
-    client.use_keys(Keys.generate(backend, set(range(1, packing.slots))))
-    secret = client.keys.secret
-    last = client.model.config.num_hidden_layers - 1
-    targets = (f"layers.{last}.attention.dense", f"layers.{last}.mlp.dense_4h_to_h")
-    torch.manual_seed(0)
-    twin = get_peft_model(copy.deepcopy(client.model), HELoraConfig(r=2, target_modules=list(targets))).eval()
-    layout = AdapterLayout.of(twin, packing)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt")
+    settings = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False, "pad_token_id": 0}
+    served = ["--generate", "--context", str(arguments.context), "--adapter", str(adapter)]
+    with local_server(directory, folder / "client" / "keys" / EVALUATION_FILE, arguments=served) as server:
+        announce(f"server: another process, with the adapter's ciphertexts, at {server.url}")
+        user.server, start = server, time.perf_counter()
+        found = user.model.generate(**inputs, **settings, custom_generate=encrypted_generate, client=user)[0]
+        seconds = time.perf_counter() - start
+    expected, before = (model.generate(**inputs, **settings)[0] for model in (trainer.twin.model, trainer.client.model))
+    print(f"before:    {tokenizer.decode(before)!r}\nafter:     {tokenizer.decode(expected)!r}\nencrypted: {tokenizer.decode(found)!r}")
+    print(f"tokens as the twin's: {found.tolist() == expected.tolist()}, largest logit error {user.last.max_logit_error:.1e}, {seconds:.1f} s", flush=True)
+    tokens, steps = inputs["input_ids"].shape[1], user.last.reports[1:]
+    return report | {
+        "kernel": arguments.kernel,
+        "prompt": arguments.prompt,
+        "tokens": found[tokens:].tolist(),
+        "tokens_polynomial": expected[tokens:].tolist(),
+        "tokens_before": before[tokens:].tolist(),
+        "max_logit_error": user.last.max_logit_error,
+        "seconds_per_token": sum(step["seconds"] for step in steps) / max(len(steps), 1),
+        "round_trips_per_token": sum(step["refreshes"] for step in steps) / max(len(steps), 1),
+    }
 
-    ids = torch.tensor([(tokenizer(TEXT)["input_ids"] * packing.tokens)[: packing.tokens]])
-    refresher = client.refresher()
-    server = get_backend("simulator", backend.parameters)
-    server.load_evaluation_keys(client.keys.evaluation.evaluation)
-    session = EncryptedSession(server, packing, ClientRefresh(refresher))
-    tuned = get_peft_model(copy.deepcopy(client.model).float(), HELoraConfig(r=2, target_modules=list(targets))).eval()
-    adapter = EncryptedAdapter(session, tuned, layout, backend.encrypt(layout.pack(layout.values(twin)), secret))
-    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=arguments.learning_rate)
 
-    for step in range(arguments.steps):
-        logits = twin(ids).logits
-        loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        adapter.install()
-        state = session.hidden_state(backend.encrypt(pack_embeddings(client._embedded(ids), packing), secret))
-        output = tuned.get_base_model()(inputs_embeds=state, use_cache=False).logits
-        decrypted = torch.from_numpy(unpack_state(backend.decrypt(output.ciphertext, secret), packing, logits.shape[-1])).requires_grad_()
-        encrypted_loss = F.cross_entropy(decrypted[0, :-1], ids[0, 1:])
-        encrypted_loss.backward()
-        gradient = session.hidden_state(backend.encrypt(pack_embeddings(decrypted.grad.numpy(), packing), secret), logits.shape[-1])
-        torch.autograd.backward([output], [gradient])
-        change = adapter.collect(arguments.learning_rate)
-        adapter.replace(server.subtract(server.match_level(adapter.dense, change.level), change))
-        print(f"step {step + 1}: loss on ciphertexts {encrypted_loss.item():.6f}, twin {loss.item():.6f}", flush=True)
-
-    learned = layout.unpack(backend.decrypt(adapter.dense, secret))
-    apart = max(float((learned[name] - value).abs().max()) for name, value in layout.values(twin).items())
-    print(f"adapter after {arguments.steps} encrypted steps: within {apart:.1e} of the twin's, {session.refresh.count} refreshes")
-    with tempfile.TemporaryDirectory() as folder:
-        EncryptedLora(client.identity, 2, targets, server.serialize(adapter.dense)).save(folder)
-        user = GenerationClient(directory, backend, client.keys, adapter=folder, context=arguments.context)
-        user.server = GenerationServer(directory, client.keys.evaluation, adapter=folder, context=arguments.context)
-        inputs = tokenizer(arguments.prompt, return_tensors="pt")
-        settings = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False, "pad_token_id": 0}
-        tokens = user.model.generate(**inputs, **settings, custom_generate=encrypted_generate, client=user)
-    expected = twin.generate(**inputs, **settings)
-    before = client.model.generate(**inputs, **settings)
-    print(f"before:    {tokenizer.decode(before[0])!r}\nafter:     {tokenizer.decode(expected[0])!r}\nencrypted: {tokenizer.decode(tokens[0])!r}")
-    print(f"tokens as the twin's: {tokens.tolist() == expected.tolist()}, largest logit error {user.last.max_logit_error:.1e}")
+def announce(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
