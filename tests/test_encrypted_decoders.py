@@ -125,7 +125,7 @@ def test_any_lengths_with_and_without_a_mask(lengths, kernel):
 
 
 @pytest.mark.parametrize("levels", [7, 13])
-@pytest.mark.parametrize("kernel", ["gaussian", "power 4", "power, constant"])
+@pytest.mark.parametrize("kernel", ["gaussian", "normalized gaussian", "power 4", "power, constant"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_does_what_the_plan_says(make_lab, variant, kernel, levels):
     config_class, model_class, changes = VARIANTS[variant]
