@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -56,22 +57,26 @@ class RemoteServer:
         if not isinstance(job, str) or not (job.isascii() and job.isalnum() and len(job) <= 64):
             raise HEError(f"{self.url} {_UNLIKE}")
         try:
+            poll = partial(self._request, "GET", f"/jobs/{job}/next", params={"wait": POLL_SECONDS})
+            response = poll()
             while True:
-                response = self._request("GET", f"/jobs/{job}/next", params={"wait": POLL_SECONDS})
                 event = response.headers.get(EVENT_HEADER)
                 if event == "result":
                     return response.content
+                if event == "error":
+                    raise error_from_json(response.json())
                 if event == "refresh":
                     sequence = response.headers.get(SEQUENCE_HEADER, "")
                     if not (sequence.isascii() and sequence.isdigit() and len(sequence) < 10):
                         raise HEError(f"{self.url} {_UNLIKE}")
-                    self._request("POST", f"/jobs/{job}/refresh", params={"sequence": sequence}, content=refresh(response.content))
-                elif event == "error":
-                    raise error_from_json(response.json())
-                elif event != "progress":
+                    numbered = {"sequence": sequence, "wait": POLL_SECONDS}
+                    response = self._request("POST", f"/jobs/{job}/refresh", params=numbered, content=refresh(response.content))
+                elif event == "progress":
+                    if progress:
+                        progress(self._progress(response))
+                    response = poll()
+                else:
                     raise HEError(f"{self.url} sent an unknown event: client and server need the same version of hf_he")
-                elif progress:
-                    progress(self._progress(response))
         finally:
             with contextlib.suppress(HEError):
                 self._request("DELETE", f"/jobs/{job}")

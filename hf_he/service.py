@@ -4,7 +4,7 @@
     POST   /jobs                    an encrypted batch -> {"id": ...}
     GET    /jobs/{id}/next?wait=s   the job's next event, named by the X-HF-HE-Event header:
                                     refresh (ciphertext bytes, numbered by X-HF-HE-Sequence), result (bytes), error, progress (JSON)
-    POST   /jobs/{id}/refresh       the refreshed ciphertext for ?sequence=
+    POST   /jobs/{id}/refresh       the refreshed ciphertext for ?sequence=; answered, as `next` with ?wait=, by the event after it
     DELETE /jobs/{id}               forget the job
 
 Jobs run one after another in a worker thread. Sizes, queue and waiting times are bounded; every failure is answered with the name and
@@ -230,18 +230,25 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/jobs/{job_id}/next")
     def next_event(job_id: str, wait: Annotated[float, Query(allow_inf_nan=False)] = 1.0) -> Response:
-        event = jobs.get(job_id).next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
+        return event_response(jobs.get(job_id), wait)
+
+    def event_response(job: Job, wait: float) -> Response:
+        event = job.next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
         headers = {EVENT_HEADER: event.name, SEQUENCE_HEADER: str(event.sequence)}
         if isinstance(event.body, bytes):
             return Response(event.body, media_type="application/octet-stream", headers=headers)
         return JSONResponse(event.body, headers=headers)
 
-    @app.post("/jobs/{job_id}/refresh", status_code=204)
-    async def refresh(job_id: str, sequence: int, request: Request) -> Response:
+    @app.post("/jobs/{job_id}/refresh")
+    async def refresh(job_id: str, sequence: int, request: Request, wait: Annotated[float, Query(allow_inf_nan=False)] = 0.0) -> Response:
         job = jobs.get(job_id)
         data = await read_body(request, server.max_refresh_bytes)
-        await run_in_threadpool(job.answer, sequence, data)
-        return Response(status_code=204)
+
+        def answered() -> Response:
+            job.answer(sequence, data)
+            return event_response(job, wait)
+
+        return await run_in_threadpool(answered)
 
     @app.delete("/jobs/{job_id}", status_code=204)
     def forget(job_id: str) -> Response:
