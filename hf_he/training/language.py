@@ -27,7 +27,7 @@ from hf_he.nn import collect_ranges
 from hf_he.perplexity import evaluate_perplexity
 from hf_he.training.conversion import calibrated
 from hf_he.training.language_data import BlockDataset, batches, stress_blocks, token_blocks, train_tokenizer
-from hf_he.training.language_recipe import BASELINE, LanguageRecipe, LanguageStage
+from hf_he.training.language_recipe import BASELINE, TRAINING_FIELDS, LanguageRecipe, LanguageStage
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.ranged_trainer import RangedTrainer
 from hf_he.training.stages import run_stage, stage_digest, stage_report
@@ -46,11 +46,12 @@ _STRESS_BLOCKS = 512
 
 
 class LanguageTrainer(RangedTrainer):
-    """Next-token cross-entropy plus `penalty_weight` times the range penalty."""
+    """Next-token cross-entropy plus `penalty_weight` times the range penalty, whose weight grows from 0 over `penalty_warmup` of the steps."""
 
-    def __init__(self, *args: Any, penalty_weight: float, **kwargs: Any):
+    def __init__(self, *args: Any, penalty_weight: float, penalty_warmup: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.penalty_weight = penalty_weight
+        self.penalty_steps = max(1.0, penalty_warmup * self.args.max_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.penalty is None:
@@ -60,7 +61,8 @@ class LanguageTrainer(RangedTrainer):
             with collect_ranges(model) as statistics:
                 outputs = model(**inputs, use_cache=False)
             terms = {"label": outputs.loss, "penalty": self.penalty(statistics)}
-            loss = terms["label"] + self.penalty_weight * terms["penalty"]
+            weight = self.penalty_weight * min(1.0, (self.state.global_step + 1) / self.penalty_steps)
+            loss = terms["label"] + weight * terms["penalty"]
         self.record_terms(terms)
         return (loss, outputs) if return_outputs else loss
 
@@ -137,7 +139,7 @@ class LanguagePipeline:
             set_seed(seed)
             model = new_model(self.recipe, variant)
             penalty = None if name == BASELINE else RangePenalty.for_model(model, self._some_blocks(), self.recipe.targets, from_scratch=True)
-            return self._fit(folder, model, stage, seed, 0, penalty)
+            return self._fit(folder, model, stage, seed, 0, penalty, variant.get("penalty_warmup", 0.0))
 
         settings = {"architecture": asdict(self.recipe.architecture), "variant": variant, "targets": self._targets(name)}
         self._stage(self.folder(seed, name, "pretrain"), settings, work, self.root / "text", stage, seed)
@@ -225,7 +227,9 @@ class LanguagePipeline:
     def _some_blocks(self) -> dict[str, torch.Tensor]:
         return {"input_ids": self.blocks["train"][:_PENALTY_BLOCKS]}
 
-    def _fit(self, folder: Path, model: HEGPTNeoXForCausalLM, stage: LanguageStage, seed: int, skip: int, penalty: RangePenalty | None) -> dict[str, Any]:
+    def _fit(
+        self, folder: Path, model: HEGPTNeoXForCausalLM, stage: LanguageStage, seed: int, skip: int, penalty: RangePenalty | None, warmup: float = 0.0
+    ) -> dict[str, Any]:
         """Train on `stage.tokens` of the seed's order of blocks after the first `skip` ones, save the model, and report on the dev part."""
         set_seed(seed)
         processes, block = self.state.num_processes, self.recipe.block
@@ -254,7 +258,7 @@ class LanguagePipeline:
             seed=seed,
         )
         dataset = BlockDataset(rows, self.stress, text_rows, stress_rows)
-        trainer = LanguageTrainer(model=model, args=arguments, train_dataset=dataset, penalty=penalty, penalty_weight=stage.penalty)
+        trainer = LanguageTrainer(model=model, args=arguments, train_dataset=dataset, penalty=penalty, penalty_weight=stage.penalty, penalty_warmup=warmup)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
@@ -293,8 +297,8 @@ class LanguagePipeline:
 def new_model(recipe: LanguageRecipe, variant: dict[str, Any]) -> HEGPTNeoXForCausalLM:
     """A random decoder of the recipe's shape with the variant's kernel, its scores set to start around `initial_score`."""
     shape = recipe.architecture
-    fields = dict(variant)
-    initial_score = fields.pop("initial_score", None)
+    fields = {key: value for key, value in variant.items() if key not in TRAINING_FIELDS}
+    initial_score = variant.get("initial_score")
     config = HEGPTNeoXConfig(
         vocab_size=recipe.vocabulary,
         hidden_size=shape.hidden_size,

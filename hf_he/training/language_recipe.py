@@ -12,6 +12,7 @@ from hf_he.models.kernel_attention import KERNELS
 from hf_he.training.range_penalty import Degrees, RangeTargets
 
 BASELINE = "softmax"
+TRAINING_FIELDS = ("initial_score", "penalty_warmup")
 _KERNEL_FIELDS = ("power_softmax_degree", "power_softmax_eps", "power_softmax_length_agnostic", "power_softmax_shift", "power_softmax_divisor")
 
 
@@ -48,7 +49,8 @@ class LanguageRecipe:
     """Everything a run depends on.
 
     `corpora`: names of hf_he.corpora, or `data_dir`: a folder of .txt files, one document each. `variants`: {name: {"attention_kernel", its
-    `power_softmax_*` fields, "initial_score": see `language.set_initial_score`}}; "softmax" must be one of them, the baseline that spends
+    `power_softmax_*` fields, "initial_score": see `language.set_initial_score`, "penalty_warmup": share of the pre-training over
+    which the penalty grows to its weight}}; "softmax" must be one of them, the baseline that spends
     the same tokens without a swap. `convert`: variants also obtained from the first seed's finished baseline, in `convert_stage` and the polynomial
     stage.
     `stress_rows`: blocks unlike text per batch that only the penalty sees. `calibration_rows`: training blocks that fix the intervals, widened
@@ -83,8 +85,8 @@ class LanguageRecipe:
         for name, variant in self.variants.items():
             if variant.get("attention_kernel") not in KERNELS:
                 raise DataError(f"recipe: variant {name} needs an attention_kernel out of {', '.join(KERNELS)}.")
-            if unknown := set(variant) - {"attention_kernel", "initial_score", *_KERNEL_FIELDS}:
-                raise DataError(f"recipe: variant {name}: unknown key {sorted(unknown)[0]!r}; known: initial_score, {', '.join(_KERNEL_FIELDS)}.")
+            if unknown := set(variant) - {"attention_kernel", *TRAINING_FIELDS, *_KERNEL_FIELDS}:
+                raise DataError(f"recipe: variant {name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join((*TRAINING_FIELDS, *_KERNEL_FIELDS))}.")
         for key in ("convert", "publish"):
             if unknown := set(getattr(self, key)) - (set(self.variants) - {BASELINE}):
                 raise DataError(f"recipe: {key} names {sorted(unknown)[0]!r}, which is no variant with a polynomial form.")
