@@ -1,0 +1,168 @@
+"""A decoder fine-tuned on encrypted text, and generation with the adapter as it is: client and server, in one process and in several."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_decoder import save_tiny_decoder
+from transformers import AutoTokenizer
+
+from hf_he import GenerationClient, GenerationServer, encrypted_generate
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, ModelMismatchError, RangeError, RefreshError, TrainingError
+from hf_he.finetuning.language import EncryptedTextTrainer, text_windows
+from hf_he.finetuning.language_protocol import LanguageStep
+from hf_he.finetuning.language_server import LanguageFinetuneServer
+from hf_he.finetuning.language_step import next_token_loss
+from hf_he.finetuning.protocol import LOSS, Question
+
+CONTEXT = 8
+TEXT = "the old ship sailed to the cold sea and the wind rose by night on a long dark day far to home and the ship sank"
+OPTIONS = {"steps": 2, "learning_rate": 0.5, "batch_size": 2, "context": CONTEXT, "backend": "simulator"}
+
+
+@pytest.fixture(scope="module", params=["gaussian", "power"])
+def decoder(request, tmp_path_factory):
+    return save_tiny_decoder(tmp_path_factory.mktemp(request.param) / "model", kernel=request.param)
+
+
+@pytest.fixture
+def trainer(decoder, tmp_path):
+    """Trainers of one run, the server in this process."""
+    servers = []
+
+    def build(**changes):
+        options = OPTIONS | changes
+        prepared = EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **options)
+        for server in servers:
+            server.close()
+        servers[:] = [LanguageFinetuneServer(decoder, prepared.prepare(), tmp_path / "run" / "server", context=CONTEXT)]
+        prepared._server = servers[0]
+        return prepared
+
+    yield build
+    for server in servers:
+        server.close()
+
+
+def test_the_adapter_and_the_losses_are_the_twins(trainer):
+    found = trainer()
+    report = found.train()
+    np.testing.assert_allclose(report["losses"], report["losses_polynomial"], atol=1e-4)
+    assert report["update_relative_error"] < 1e-3 and report["steps"] == 2
+    assert np.ptp(report["losses"]) > 1e-4 or report["losses"][0] != report["losses"][1]
+    assert report["refreshes_per_step"] > 0 and json.dumps(report)
+
+
+def test_generation_with_the_adapter_as_training_left_it(trainer, decoder, tmp_path):
+    found = trainer(optimizer="adamw", learning_rate=0.02)
+    report = found.train()
+    assert report["update_relative_error"] < 1e-2
+    adapter = tmp_path / "run" / "encrypted_adapter"
+    user = GenerationClient(decoder, found.client.backend, found.client.keys, adapter=adapter, context=CONTEXT)
+    user.server = GenerationServer(decoder, tmp_path / "run" / "client" / "keys" / "evaluation.keys", adapter=adapter, context=CONTEXT)
+    inputs = AutoTokenizer.from_pretrained(decoder)("the old ship", return_tensors="pt")
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    tokens = user.model.generate(**inputs, **settings, custom_generate=encrypted_generate, client=user)
+    assert tokens.tolist() == found.twin.model.generate(**inputs, **settings).tolist()
+    assert user.last.max_logit_error < 1e-3
+
+
+def test_resuming_goes_on_after_the_last_finished_step(trainer):
+    first = trainer()
+    first._batch, taken = (lambda step: stop(step, type(first)._batch(first, step))), []
+
+    def stop(step, batch):
+        taken.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer()
+    assert len(second.losses) == 1
+    report = second.train()
+    assert report["update_relative_error"] < 1e-3 and len(report["losses"]) == 2
+
+
+def test_what_does_not_fit_is_refused(trainer, decoder, tmp_path):
+    found = trainer()
+    with pytest.raises(TrainingError, match="context of 8"):
+        EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **(OPTIONS | {"context": 16}))
+    training, server = found.training, found._server
+    windows, lengths = found._batch(1)
+    with pytest.raises(TrainingError, match="no run has begun"):
+        server.open(training.encrypt_windows(1, windows, lengths))
+    found.train()
+    with pytest.raises(TrainingError, match="step 4"):
+        server.open(training.encrypt_windows(4, windows, lengths))
+    message = LanguageStep.from_bytes(training.encrypt_windows(3, windows, lengths))
+    with pytest.raises(TrainingError, match="batch size"):
+        server.open(replace(message, sequences=60000).to_bytes())
+    with pytest.raises(CorruptFileError):
+        server.open(replace(message, batches=2).to_bytes())
+    with pytest.raises(DataError, match="predicts"):
+        training.encrypt_windows(3, windows[:1], torch.tensor([1]))
+    with pytest.raises(CheckpointError, match="different runs"):
+        other = trainer()
+        other.losses = []
+        other.train()
+
+
+def test_questions_out_of_place_are_not_answered(trainer):
+    found = trainer()
+    training, (windows, lengths) = found.training, found._batch(1)
+    hidden = training.backend.encrypt(np.zeros((training.loss_blocks, training.packing.slots)), found.client.keys.secret)
+    answers = training.text_answers(1, windows, lengths)
+    for question in (Question(LOSS, 2, 0, training.backend.serialize(hidden)), Question(LOSS, 1, 5, training.backend.serialize(hidden))):
+        with pytest.raises(RefreshError, match="not this client's part"):
+            answers(question.to_bytes())
+    once = Question(LOSS, 1, 0, training.backend.serialize(hidden)).to_bytes()
+    answers(once)
+    assert answers.loss == pytest.approx(np.log(found.client.model.config.vocab_size), rel=0.5)
+    with pytest.raises(RefreshError, match="twice"):
+        answers(once)
+
+
+def test_lanes_without_a_window_have_no_gradient(trainer):
+    found = trainer()
+    training, (windows, lengths) = found.training, found._batch(1)
+    values = np.random.default_rng(0).normal(size=(training.loss_blocks, training.packing.slots))
+    gradient = training.text_answers(1, windows, lengths)._loss(values, 0).reshape(training.packing.tokens, training.packing.sequences, -1)
+    assert np.abs(gradient[:, : len(windows)]).max() > 0 and not gradient[:, len(windows) :].any() and not gradient[-1].any()
+
+
+def test_heads_and_unknown_modules_get_no_adapter(decoder, tmp_path):
+    for targets, match in ((("lm_head",), "head of a decoder"), (("nonsense",), "no modules nonsense")):
+        with pytest.raises(ModelMismatchError, match=match):
+            EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **OPTIONS, target_modules=targets)
+
+
+def test_windows_and_their_loss():
+    windows, lengths = text_windows(range(10, 31), 8)
+    assert windows.shape == (3, 8) and lengths.tolist() == [8, 8, 5] and windows[2].tolist() == [26, 27, 28, 29, 30, 10, 11, 12]
+    logits = torch.randn(3, 8, 40, dtype=torch.float64)
+    summed, tokens = next_token_loss(logits, windows, lengths)
+    expected = -sum(logits[n, t].log_softmax(-1)[windows[n, t + 1]] for n in range(3) for t in range(int(lengths[n]) - 1))
+    assert tokens == 18 and torch.isclose(summed, expected)
+    assert text_windows([1, 2, 3], 8)[1].tolist() == [3] and text_windows(range(9), 8)[1].tolist() == [8]
+    with pytest.raises(DataError, match="less than two"):
+        text_windows([5], 8)
+
+
+def test_texts_beyond_the_fitted_ranges_are_refused(decoder, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise RangeError("layer 0: too large")
+
+    monkeypatch.setattr("hf_he.models.he_gpt_neox.modeling_he_gpt_neox.HEGPTNeoXForCausalLM.forward", refuse)
+    with pytest.raises(RangeError, match="every window"):
+        EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **OPTIONS)
+
+
+def test_a_server_process_without_the_secret_key(tmp_path):
+    lines, decoder = [], save_tiny_decoder(tmp_path / "model")
+    report = EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **(OPTIONS | {"steps": 1}), announce=lines.append).train()
+    assert report["update_relative_error"] < 1e-3 and any("a process with" in line for line in lines)
+    assert not list((tmp_path / "run" / "server").rglob("*secret*"))
