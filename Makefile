@@ -48,7 +48,7 @@ $(FHELIUM_VENV)/.installed: pyproject.toml requirements/constraints.txt requirem
 	@touch $@
 
 test-fhelium: $(FHELIUM_VENV)/.installed
-	@$(FHELIUM_VENV)/bin/python -m pytest -q tests/backends/test_contract.py -k fhelium $(ARGS)
+	@$(FHELIUM_VENV)/bin/python -m pytest -q tests/backends -k "fhelium or device" $(ARGS)
 	@$(FHELIUM_VENV)/bin/hf-he demo --backend fhelium --num-sentences 2
 
 style: $(STAMP)

@@ -43,6 +43,12 @@ class HEBackend(Adapter):
     name: str
     bootstraps = False
     """Whether `bootstrap` works with parameters that have moduli for it."""
+    iterates = True
+    """Whether `bootstrap` takes more than one iteration."""
+    default_refresh = "bootstrap"
+    """What the demo does where both policies are possible: the server refreshes by itself, or ("client") nobody waits for minutes."""
+    default_parameters = "n14"
+    """Parameter set where the client refreshes."""
     devices: tuple[str, ...] = ("cpu",)
     """Kinds of device; a backend with more than one takes a `device` when it is made."""
 
@@ -305,7 +311,7 @@ class HEBackend(Adapter):
             raise MissingKeyError("no bootstrapping keys: generate the evaluation keys with bootstrapping=True")
         if iterations < 1:
             raise ParameterError(f"bootstrapping takes at least one iteration, got {iterations}")
-        if iterations > 1 and not self.bootstraps:
+        if iterations > 1 and not self.iterates:
             raise BackendUnavailableError(f"the {self.name} backend bootstraps in one iteration only: use --backend native")
         a = self.match_level(a, 0)
         self._check_scales(a.scale, self.parameters.scale_at(0))

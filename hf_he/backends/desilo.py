@@ -84,6 +84,9 @@ class DesiloBackend(HEBackend):
     name = "desilo"
     devices = ("cpu", "cuda")
     bootstraps = True
+    iterates = False
+    default_refresh = "client"
+    default_parameters = "n14-6"
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
@@ -313,7 +316,7 @@ class DesiloBackend(HEBackend):
         return self._map(a, lambda item: self._engine.conjugate(item, self._keys.conjugation))
 
     # ---- refresh ----
-    def _bootstrap(self, a: Ciphertext) -> Values:
+    def _bootstrap(self, a: Ciphertext, divisor: int = 1) -> Values:
         keys, relinearization = self.evaluation_keys.bootstrapping, self._keys.relinearization
 
         def fresh(item: Any) -> Any:

@@ -8,8 +8,8 @@ stay in NTT domain and Montgomery form; automorphisms pass through coefficients,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,9 +21,12 @@ import torch
 
 from hf_he.backends import fhelium_files as files
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
+from hf_he.backends.fhelium_bootstrap import FheliumBootstrapping, FheliumBootstrappingKeys, KeyPart, secret_coefficients
+from hf_he.backends.fhelium_engine import choose_device, make_engine
 from hf_he.backends.keys import SecretKeyBase, new_key_id, refuse_secret_key
-from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
-from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnServerError
+from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
+from hf_he.ckks.parameters import CKKSParameters
+from hf_he.errors import ParameterError, SecretKeyOnServerError
 
 SUPPORTED_VERSION = "0.30"
 SPLIT_BITS = 25
@@ -66,24 +69,15 @@ class FheliumBackend(HEBackend):
 
     name = "fhelium"
     devices = ("cpu", "cuda")
+    bootstraps = True
+    default_refresh = "client"
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
-        from fhelium import CkksConfig
-        from fhelium.eager import Engine
-
-        self.device = _device(device)
+        self.device = choose_device(device)
         chain = tuple(reversed(parameters.moduli))
-        config = CkksConfig(
-            default_scale=2.0**parameters.scale_bits,
-            q_depth_groups=tuple((q,) for q in chain),
-            p_moduli=parameters.special_moduli,
-            logN=parameters.ring_degree.bit_length() - 1,
-            sigma=ERROR_STANDARD_DEVIATION,
-            enforce_security_budget=not parameters.insecure,
-        )
         self._moduli = torch.tensor(chain, dtype=torch.int64, device=self.device)
-        self._engine = Engine(config)
+        self._engine = make_engine(parameters)
 
     @classmethod
     def availability(cls) -> tuple[bool, str]:
@@ -118,8 +112,7 @@ class FheliumBackend(HEBackend):
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
-        if bootstrapping:
-            raise BackendUnavailableError("the fhelium backend does not bootstrap: use --refresh client, or --backend native")
+        extra = FheliumBootstrappingKeys.collect(self._bootstrapping_parts(secret_key, progress)) if bootstrapping else None
         steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
         secret, engine, keys = secret_key.secret, self._engine, {}
         for done, step in enumerate(steps, start=1):
@@ -129,7 +122,10 @@ class FheliumBackend(HEBackend):
         relinearization = engine.create_relinearization_key(secret, device=self.device)
         conjugating = engine.create_conjugation_key(secret, device=self.device) if conjugation else None
         payload = FheliumKeys(self.parameters.fingerprint, relinearization, keys, conjugating)
-        return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation)
+        return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation, extra)
+
+    def _bootstrapping_parts(self, secret_key: FheliumSecretKey, progress: Callable[[int, int], None] | None) -> Iterator[KeyPart]:
+        return self._bootstrapping.key_parts(secret_coefficients(self.parameters, self._engine, secret_key.secret), progress)
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
         refuse_secret_key(keys, "load_evaluation_keys")
@@ -163,10 +159,15 @@ class FheliumBackend(HEBackend):
         return files.READERS[kind](self.parameters, self.device, data)
 
     def save_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> int:
-        raise BackendUnavailableError("the fhelium backend has no bootstrapping keys: use --refresh client")
+        return files.write_bootstrapping_keys(self._bootstrapping, keys.bootstrapping.parts(), keys.key_id, Path(folder))
+
+    def write_bootstrapping_keys(self, secret_key: FheliumSecretKey, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> int:
+        self._check_fingerprint(secret_key)
+        return files.write_bootstrapping_keys(self._bootstrapping, self._bootstrapping_parts(secret_key, progress), secret_key.key_id, Path(folder))
 
     def load_bootstrapping_keys(self, keys: EvaluationKeys, folder: str | Path) -> EvaluationKeys:
-        raise BackendUnavailableError("the fhelium backend has no bootstrapping keys: use --refresh client")
+        parts = files.read_bootstrapping_keys(self._bootstrapping, keys.key_id, Path(folder))
+        return replace(keys, bootstrapping=FheliumBootstrappingKeys.collect(parts))
 
     # ---- values of FHElium and back ----
     def _depth(self, level: int) -> int:
@@ -369,8 +370,19 @@ class FheliumBackend(HEBackend):
         value = self._engine.conjugate(self._coefficients(a), self._keys.conjugation, output_domain="ntt")
         return self._like(value.data, a.batch_shape)
 
-    def _bootstrap(self, a: Ciphertext) -> torch.Tensor:
-        raise BackendUnavailableError("the fhelium backend does not bootstrap: use --refresh client, or --backend native")
+    @cached_property
+    def _bootstrapping(self) -> FheliumBootstrapping:
+        return FheliumBootstrapping(self.parameters, self.device)
+
+    @cached_property
+    def _bootstrapper(self) -> Bootstrapper:
+        return Bootstrapper(self._bootstrapping.plan, self._bootstrapping.full, self._bootstrapping.small)
+
+    def _bootstrap(self, a: Ciphertext, divisor: int = 1) -> torch.Tensor:
+        """By the native pipeline on this backend's primitives, which counts limbs from the lowest up and keeps components after the batch."""
+        rows = a.payload.reshape(2, -1, *a.payload.shape[-2:]).transpose(0, 1).flip(-2)
+        fresh = self._bootstrapper(rows, self.evaluation_keys.bootstrapping, divisor)
+        return self._like(fresh.flip(-2).transpose(0, 1).contiguous(), a.batch_shape)
 
     # ---- batch structure: component axis first ----
     def _take(self, a: Ciphertext, index: int | slice) -> torch.Tensor:
@@ -381,24 +393,6 @@ class FheliumBackend(HEBackend):
 
     def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> torch.Tensor:
         return a.payload.reshape(a.components, *batch_shape, *a.payload.shape[-2:])
-
-
-def _device(name: str | None) -> torch.device:
-    """By default CUDA where torch and FHElium both have it."""
-    from fhelium.native.runtime import native_backend_available
-
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(name or ("cuda" if devices and native_backend_available("cuda") else "cpu"))
-    if device.type == "cpu":
-        return device
-    if (device.index or 0) >= devices:
-        found = f"torch finds {devices} CUDA devices" if devices else "torch finds no CUDA device"
-        raise BackendUnavailableError(f"{found}: use --device cpu, or a machine with a GPU and a CUDA build of torch (README, Backends)")
-    if not native_backend_available("cuda"):
-        raise BackendUnavailableError(
-            "FHElium was compiled for the CPU only: use --device cpu, or compile it again with `make test-fhelium FHELIUM_BACKENDS=CPU+CUDA`"
-        )
-    return device
 
 
 def _compressed(operand: Any) -> bool:

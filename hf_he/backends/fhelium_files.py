@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys
+from hf_he.backends.fhelium_bootstrap import CONJUGATION, LOWER, RAISE, RELINEARIZATION, FheliumBootstrapping, FheliumEvaluator, KeyPart
+from hf_he.ckks.bootstrapping.keys import rotation_limbs
 from hf_he.ckks.parameters import CKKSParameters
-from hf_he.errors import CorruptFileError
-from hf_he.serialization import pack, pack_residues, unpack_for, unpack_residues
+from hf_he.errors import CorruptFileError, WrongKeyError
+from hf_he.serialization import pack, pack_residues, read_file, unpack_for, unpack_residues, write_file
 
 if TYPE_CHECKING:
     from hf_he.backends.fhelium import FheliumPublicKey, FheliumSecretKey
 
 BACKEND = "fhelium"
+BOOTSTRAPPING = "bootstrapping_keys"
 
 
 def _metadata(parameters: CKKSParameters, key_id: str, **fields: str) -> dict[str, str]:
@@ -158,6 +164,43 @@ def _secret_key(parameters: CKKSParameters, device: torch.device, arrays: dict[s
     chain = _chain(parameters)
     secret = SecretKey(_unpacked(arrays, "secret", (), chain, parameters.ring_degree, device), tuple(range(len(chain))))
     return FheliumSecretKey(metadata["key_id"], parameters.fingerprint, secret, _public(parameters, device, arrays, "public"))
+
+
+def _key_types(bootstrapping: FheliumBootstrapping) -> dict[str, tuple[FheliumEvaluator, Any]]:
+    """Name of each bootstrapping key, where it is used, and what makes it of data and prime ids."""
+    from fhelium import ConjugationKey, KeySwitchKey, RelinearizationKey, RotationKey
+
+    full, plan = bootstrapping.full, bootstrapping.plan
+    turned = {str(step): (full, partial(RotationKey, rotation_step=-step % plan.parameters.slots)) for step in rotation_limbs(plan)}
+    others = {RELINEARIZATION: (full, RelinearizationKey), CONJUGATION: (full, ConjugationKey), RAISE: (full, KeySwitchKey)}
+    return others | {LOWER: (bootstrapping.small, KeySwitchKey)} | turned
+
+
+def write_bootstrapping_keys(bootstrapping: FheliumBootstrapping, parts: Iterator[KeyPart], key_id: str, folder: Path) -> int:
+    """One file per key; returns the bytes written."""
+    types, written, parameters = _key_types(bootstrapping), 0, bootstrapping.plan.parameters
+    for name, key in parts:
+        data = pack(BOOTSTRAPPING, _packed("key", key.data, _chain(types[name][0].parameters)), _metadata(parameters, key_id, name=name))
+        write_file(folder / f"{name}.key", data)
+        written += len(data)
+    return written
+
+
+def read_bootstrapping_keys(bootstrapping: FheliumBootstrapping, key_id: str, folder: Path) -> Iterator[KeyPart]:
+    """Every key of the plan. Raises CorruptFileError, ParameterError or WrongKeyError."""
+    parameters = bootstrapping.plan.parameters
+    for name, (evaluator, make) in _key_types(bootstrapping).items():
+        arrays, metadata = _open(parameters, read_file(folder / f"{name}.key", "bootstrapping-key"), BOOTSTRAPPING)
+        if metadata["key_id"] != key_id:
+            raise WrongKeyError(f"the bootstrapping keys belong to key {metadata['key_id']}, the evaluation keys to {key_id}: use one key folder")
+        chain = _chain(evaluator.parameters)
+        try:
+            data = _unpacked(arrays, "key", (evaluator.engine.key_digit_count, 2), chain, parameters.ring_degree, evaluator.device)
+        except (KeyError, ValueError):
+            raise _garbled(BOOTSTRAPPING) from None
+        if arrays or metadata.get("name") != name:
+            raise _garbled(BOOTSTRAPPING)
+        yield KeyPart(name, make(data=data, prime_ids=tuple(range(len(chain)))))
 
 
 READERS = {

@@ -155,3 +155,23 @@ def multiply_plain_rows(a, ia, plain, ip, out, moduli):
                 yi = mul(y, qi)
                 for c in range(pattern * run + half, (pattern + 1) * run, COLUMNS):
                     st(z, c, mm(ld(x, c), y, yi, q))
+
+
+@kernel(parallel=True)
+def weighted_sum(a, weights, constants, out, moduli):
+    """out[b, h, i] = sum_k weights[k, i] * a[k, b, h, i], plus constants[i] on component 0: a [K, B, C, L, N], centred weights."""
+    terms = a.shape[0]
+    batch, components, limbs, n = out.shape
+    for r in prange(batch * components * limbs):
+        b = r // (components * limbs)
+        h = r // limbs % components
+        i = r % limbs
+        q = sp(moduli[i, 0])
+        qi = sp(moduli[i, 1])
+        constant = sp(constants[i] if h == 0 else 0.0)
+        for c in range(0, n, 8):
+            total = constant
+            for k in range(terms):
+                w = sp(weights[k, i])
+                total = add(total, mm(ld(a[k, b, h, i], c), w, mul(w, qi), q))
+            st(out[b, h, i], c, red(total, q, qi))

@@ -187,6 +187,21 @@ class Evaluator:
         arithmetic.sum_rows(np.ascontiguousarray(a).reshape(a.shape[0], *out.shape), out, self.moduli)
         return out.reshape(a.shape[1:])
 
+    def stack(self, items: Sequence[np.ndarray]) -> np.ndarray:
+        """Payloads of one shape along a new leading axis."""
+        return np.stack(items)
+
+    @_exclusive
+    def weighted_sum(self, items: Sequence[np.ndarray], weights: Sequence[int], constant: int) -> np.ndarray:
+        """sum_k weights[k] * items[k] plus `constant` in every slot, for integers of any size and items [B, C, L, N]."""
+        chain = self.context.chain[: items[0].shape[-2]]
+        stacked = np.stack(items, out=empty(len(items), *items[0].shape))
+        factors = np.array([[float(centred(w, q)) for q in chain] for w in weights])
+        constants = np.array([float(centred(constant, q)) for q in chain])
+        out = empty(*stacked.shape[1:])
+        arithmetic.weighted_sum(stacked, factors, constants, out, self.moduli)
+        return out
+
     # ---- products ----
     @_exclusive
     def multiply(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -250,6 +265,15 @@ class Evaluator:
             self.context.threads,
         )
         return out.reshape(*a.shape[:-2], limbs - 1, n)
+
+    def raise_modulus(self, a: np.ndarray, limbs: int) -> np.ndarray:
+        """[2, 1, N] modulo q_0 to [2, limbs, N]: the same centred coefficients."""
+        coefficients = self.context.inverse(a[:, 0], np.zeros(2, dtype=np.int64))
+        return self.context.forward(coefficients, np.arange(limbs))
+
+    def keeps(self, period: int) -> bool:
+        """Whether plaintexts of this period are short enough to be kept encoded."""
+        return 2 * period < self.context.ring_degree
 
     # ---- key switching ----
     def _key_index(self, keys: SwitchingKeys, elements: Sequence[int], identity: int, limbs: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 from hf_he.backends import backend_class
 from hf_he.checkpoints import default_model
 from hf_he.ckks.parameters import parameter_set
-from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS, Client
+from hf_he.client import BOOTSTRAPPING_PARAMETERS, Client
 from hf_he.data import load_dataset
 from hf_he.errors import DataError
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
@@ -92,11 +92,12 @@ def run_demo(
 
 
 def choose_policy(backend: str, parameters: str | None, refresh: str | None) -> tuple[str, str]:
-    """Parameter set and refresh policy: bootstrapping, unless parameters or a backend are chosen that cannot."""
+    """Parameter set and refresh policy: the backend's default, which is bootstrapping natively, unless parameters are chosen that cannot."""
+    cls = backend_class(backend)
     if refresh is None:
-        able = backend_class(backend).bootstraps and parameter_set(parameters or BOOTSTRAPPING_PARAMETERS).bootstrap_moduli
-        refresh = "bootstrap" if able else "client"
-    return parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS), refresh
+        able = cls.bootstraps and parameter_set(parameters or BOOTSTRAPPING_PARAMETERS).bootstrap_moduli
+        refresh = cls.default_refresh if able else "client"
+    return parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else cls.default_parameters), refresh
 
 
 def demo(

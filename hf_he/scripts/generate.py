@@ -14,8 +14,9 @@ from rich.table import Table
 from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from hf_he.backends import backend_class
 from hf_he.checkpoints import default_decoder
-from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS
+from hf_he.client import BOOTSTRAPPING_PARAMETERS
 from hf_he.errors import DataError, ParameterError
 from hf_he.generation.adapter import lora_of
 from hf_he.generation.client import GenerationClient
@@ -58,7 +59,7 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if not 1 <= length <= context:
         raise DataError(f"the prompt has {length} tokens, 1 to {context} fit: shorten it, or raise --context")
-    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
+    parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else backend_class(backend).default_parameters)
     if encrypt_adapter and adapter is None:
         raise ParameterError("--encrypt-adapter needs --adapter, the folder of a PEFT adapter")
     limits = {"context": context, "max_tokens": max(context, length + max_new_tokens - 1)}

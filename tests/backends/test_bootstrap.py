@@ -2,11 +2,12 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hf_he.backends import get_backend
+from hf_he.backends import available_backends, get_backend
 from hf_he.backends.base import HEBackend
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.errors import BackendUnavailableError, CorruptFileError, MissingKeyError, ShapeError, WrongKeyError
@@ -35,7 +36,7 @@ class Party:
         return self.generator.uniform(-1, 1, (*batch, self.backend.parameters.slots))
 
 
-@pytest.fixture(scope="module", params=["native", "simulator"])
+@pytest.fixture(scope="module", params=[name for name in ("native", "simulator", "fhelium") if available_backends()[name][0]])
 def party(request) -> Party:
     return Party(request.param)
 
@@ -115,6 +116,31 @@ def test_parameters_that_cannot(party):
         backend.bootstrap(backend.encrypt(np.zeros(backend.parameters.slots), secret, 0))
     with pytest.raises(BackendUnavailableError):
         BootstrapRefresh(backend)
+
+
+def test_keys_come_back_from_a_folder(party, tmp_path):
+    backend, values = party.backend, party.values()
+    written = backend.save_bootstrapping_keys(party.keys, tmp_path)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert written == sum(path.stat().st_size for path in files)
+    without = replace(party.keys, bootstrapping=None)
+    backend.load_evaluation_keys(backend.load_bootstrapping_keys(without, tmp_path))
+    out = backend.bootstrap(backend.encrypt(values, party.secret, 0))
+    np.testing.assert_allclose(backend.decrypt(out, party.secret), values, atol=2.0**-17)
+    with pytest.raises(WrongKeyError):
+        backend.load_bootstrapping_keys(replace(without, key_id="0" * 16), tmp_path)
+    damaged = bytearray(files[-1].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    files[-1].write_bytes(damaged)
+    with pytest.raises(CorruptFileError):
+        backend.load_bootstrapping_keys(without, tmp_path)
+
+
+def test_a_second_iteration_is_more_precise(party):
+    backend, values = party.backend, party.values()
+    out = backend.bootstrap(backend.encrypt(values, party.secret, 0), iterations=2)
+    assert out.level == backend.parameters.max_level
+    np.testing.assert_allclose(backend.decrypt(out, party.secret), values, atol=2.0**-20)
 
 
 def test_key_folder(tmp_path):

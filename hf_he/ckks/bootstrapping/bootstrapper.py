@@ -22,14 +22,15 @@ class Bootstrapper:
     Where the slots repeat (a sparse plan), rotations and sums first leave only the coefficients that such vectors have; the transforms are then
     smaller, and one ciphertext goes through EvalMod instead of two.
 
-    Payloads are residues [2, limbs, N] in NTT domain; slots hold complex values.
+    Payloads are residues [2, limbs, N] in NTT domain; slots hold complex values. Other backends give evaluators of their own for `plan.full` and
+    `ephemeral_parameters(plan)`, and keys that these understand.
     """
 
-    def __init__(self, plan: BootstrapPlan) -> None:
+    def __init__(self, plan: BootstrapPlan, evaluator: Evaluator | None = None, small: Evaluator | None = None) -> None:
         self.plan = plan
         parameters = plan.parameters
-        self.evaluator = Evaluator(context_for(plan.full))
-        self._small = Evaluator(context_for(ephemeral_parameters(plan)))
+        self.evaluator = evaluator or Evaluator(context_for(plan.full))
+        self._small = small or Evaluator(context_for(ephemeral_parameters(plan)))
         inward, self._outward_factors = transform_factors(plan)
         # After ModRaise the slots of coefficients q_0 * x have scale q_0; the argument of EvalMod is x / HALF_WIDTH at scale(0).
         shrink = 0.5 * plan.scale(0) / (HALF_WIDTH * parameters.moduli[0]) * plan.period / parameters.slots
@@ -64,10 +65,7 @@ class Bootstrapper:
     def raise_modulus(self, a: np.ndarray, keys: BootstrappingKeys) -> np.ndarray:
         """[2, 1, N] modulo q_0 to [2, top, N]: the message plus q_0 times small integers, under the main secret."""
         sparse = self._small.switch_key(a, keys.lower_key)
-        context = self.evaluator.context
-        coefficients = self._small.context.inverse(sparse[:, 0], np.zeros(2, dtype=np.int64))
-        raised = context.forward(coefficients, np.arange(self.plan.top))
-        return self.evaluator.switch_key(raised, keys.raise_key)
+        return self.evaluator.switch_key(self.evaluator.raise_modulus(sparse, self.plan.top), keys.raise_key)
 
     def to_slots(self, a: np.ndarray, keys: BootstrappingKeys) -> Scaled:
         """The coefficients, divided by q_0 * HALF_WIDTH, in the slots of two ciphertexts (low, high half), or of a sparse one: [1 or 2, 2, limbs, N]."""
@@ -76,7 +74,7 @@ class Bootstrapper:
         for transform in self._inward:
             a = evaluator.rescale(transform(a, keys.galois))
         halves = [evaluator.add(a, evaluator.conjugate(a, keys.galois))] if self.plan.sparse else self._halves(a, keys)
-        return Scaled(np.stack(halves), 0, self.plan.scale(0))
+        return Scaled(evaluator.stack(halves), 0, self.plan.scale(0))
 
     def _sum_repetitions(self, a: np.ndarray, keys: BootstrappingKeys) -> np.ndarray:
         """The sum of the rotations by all multiples of a sparse plan's period: the repetitions' noise averages out, and what else repeats is completed."""
@@ -124,4 +122,4 @@ class Bootstrapper:
             raised = self.raise_modulus(self.pack(pair), keys)
             halves = self._halves(self.to_coefficients(self.reduce(self.to_slots(raised, keys), keys), keys, divisor), keys)
             parts.extend(halves[: len(pair)])
-        return np.stack(parts)
+        return self.evaluator.stack(parts)

@@ -8,16 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import prange
 
 from hf_he.ckks.bootstrapping.cosine import divide_chebyshev
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.evaluator import Evaluator
-from hf_he.ckks.jit import kernel
 from hf_he.ckks.keys import SwitchingKeys
-from hf_he.ckks.memory import empty
-from hf_he.ckks.number_theory import centred
-from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st
 
 LINEAR_DEGREE = 3
 """Series up to this degree are plain sums of Chebyshev powers."""
@@ -35,26 +30,6 @@ class Scaled:
 def power_depth(k: int) -> int:
     """Levels that T_k takes."""
     return max(0, (k - 1).bit_length())
-
-
-@kernel(parallel=True)
-def weighted_sum(a, weights, constants, out, moduli):
-    """out[b, h, i] = sum_k weights[k, i] * a[k, b, h, i], plus constants[i] on component 0: a [K, B, C, L, N], centred weights."""
-    terms = a.shape[0]
-    batch, components, limbs, n = out.shape
-    for r in prange(batch * components * limbs):
-        b = r // (components * limbs)
-        h = r // limbs % components
-        i = r % limbs
-        q = sp(moduli[i, 0])
-        qi = sp(moduli[i, 1])
-        constant = sp(constants[i] if h == 0 else 0.0)
-        for c in range(0, n, 8):
-            total = constant
-            for k in range(terms):
-                w = sp(weights[k, i])
-                total = add(total, mm(ld(a[k, b, h, i], c), w, mul(w, qi), q))
-            st(out[b, h, i], c, red(total, q, qi))
 
 
 class ChebyshevSeries:
@@ -136,15 +111,6 @@ class ChebyshevSeries:
         return self._evaluator.add(product, self._accumulate(remainder, depth, scale))
 
     def _linear(self, coefficients: np.ndarray, depth: int, scale: float) -> np.ndarray:
-        limbs = self._plan.levels[depth]
-        chain = self._evaluator.context.chain[:limbs]
         powers = [self.power(k) for k in range(1, len(coefficients))]
-        shape = powers[0].values.shape
-        stacked = np.stack([self.drop(p, depth) for p in powers], out=empty(len(powers), *shape[:-2], limbs, shape[-1]))
         integers = [round(c * (scale / p.scale)) for c, p in zip(coefficients[1:], powers, strict=True)]
-        weights = np.array([[float(centred(w, q)) for q in chain] for w in integers])
-        constants = np.array([float(centred(round(coefficients[0] * scale), q)) for q in chain])
-        out = empty(*stacked.shape[1:])
-        with self._evaluator.context.lock:
-            weighted_sum(stacked, weights, constants, out, self._evaluator.moduli)
-        return out
+        return self._evaluator.weighted_sum([self.drop(p, depth) for p in powers], integers, round(coefficients[0] * scale))

@@ -52,7 +52,7 @@ class LinearTransform:
                 if g * babies + i in factor.diagonals:
                     values[i] = np.roll(factor.diagonals[g * babies + i], g * self._giant)
             rows.append(to_coefficients(values, scale))
-        self._compact = 2 * factor.period < evaluator.context.ring_degree
+        self._compact = evaluator.keeps(factor.period)
         self._rows = np.stack([evaluator.encode_coefficients(row, limbs - 1) for row in rows]) if self._compact else np.stack(rows)
 
     def __call__(self, a: np.ndarray, keys: SwitchingKeys) -> np.ndarray:
