@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from hf_he.ops.placement import Levels
 from hf_he.packing import Packing
 from hf_he.refresh import RefreshPolicy
 
+if TYPE_CHECKING:
+    from hf_he.sharding import Shards
+
 
 class OperationContext:
     """One backend, one packing, one refresh policy. Weights are encoded once per (weight, level, scale) and kept in periodic form."""
@@ -23,6 +26,7 @@ class OperationContext:
         self.backend = backend
         self.packing = packing
         self.refresh = refresh
+        self.shards: Shards | None = None
         self.replicated = self.uniform = False
         self._levels: dict[int, Levels] = {}
         self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
@@ -80,6 +84,10 @@ class OperationContext:
             end += found[i].count
             found[i] = backend.reshape(backend.take(fresh, slice(end - found[i].count, end)), found[i].batch_shape)
         return found
+
+    def sharded(self, parts: int, compute: Callable[[range], Ciphertext]) -> Ciphertext:
+        """compute(range(parts)) [parts, ...]; with `shards`, each rank computes its share of the parts only. It must not refresh."""
+        return compute(range(parts)) if self.shards is None else self.shards.concatenate(parts, compute)
 
     def canonical_factor(self, level: int, scale: float) -> float:
         """The scale a factor needs so that its product with an operand of `scale` at `level` is canonical after one rescale."""

@@ -39,8 +39,8 @@ def reference(states: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return weight @ states
 
 
-def encrypted(context: OperationContext, state: Ciphertext, weight: np.ndarray) -> Ciphertext:
-    """weight [out, in] times `state` [in] -> [out], one level below `state` and canonical there.
+def encrypted(context: OperationContext, state: Ciphertext, weight: np.ndarray, rows: range | None = None) -> Ciphertext:
+    """weight [out, in] times `state` [in] -> [out], one level below `state` and canonical there; with `rows`, these outputs only.
 
     The integer left over by the rounding of the weights multiplies the smaller side. Raises LevelError at level 0.
     """
@@ -50,6 +50,7 @@ def encrypted(context: OperationContext, state: Ciphertext, weight: np.ndarray) 
     if state.level < 1:
         raise LevelError("a linear map takes one level and none is left: refresh the state first")
     integers, scale, multiplier = quantise(weight, context.canonical_factor(state.level, state.scale))
+    integers = integers if rows is None else integers[rows.start : rows.stop]
     first = weight.shape[1] <= weight.shape[0]
     if multiplier > 1 and first:
         state = backend.multiply_scalar(state, 1.0, scale=multiplier)

@@ -163,21 +163,25 @@ def encrypted(context: OperationContext, source: Operand, maps: Sequence[Waiting
             return uniform.encrypted(context, source, maps, level, gain, shift)
         if plan.features == 1:
             stacked = gain * np.concatenate([_numpy(w) for w in weights])
-            out = feature_major.encrypted(context, backend.drop_level(source.ciphertext, level + 1), stacked)
+            state = backend.drop_level(source.ciphertext, level + 1)
+            out = context.sharded(plan.out_blocks, lambda rows: feature_major.encrypted(context, state, stacked, rows))
             return _add_bias(context, out, maps, gain, shift)
         babies = source.babies(plan.babies, level + 1)
         scale = context.canonical_factor(level + 1, babies.scale)
 
-        def build() -> np.ndarray:
-            stacked = np.concatenate([diagonals(_numpy(w), plan) for w in weights], axis=1)
-            giants, out_blocks, count, in_blocks, c = stacked.shape
-            return gain * stacked.reshape(giants * out_blocks, count * in_blocks, c)
-
-        plain = context.encoded(weights, ("diagonals", plan, gain), level + 1, scale, build)
         inputs = backend.reshape(babies, (plan.babies * plan.in_blocks,))
-        partial = backend.multiply_plain_sum(plain, inputs)
-        partial = backend.reshape(partial, (len(plan.giants), plan.out_blocks))
-        out = backend.rescale(backend.sum_rotated(partial, plan.giants))
+
+        def blocks(own: range) -> Ciphertext:
+            def build() -> np.ndarray:
+                stacked = np.concatenate([diagonals(_numpy(w), plan) for w in weights], axis=1)[:, own.start : own.stop]
+                giants, out_blocks, count, in_blocks, c = stacked.shape
+                return gain * stacked.reshape(giants * out_blocks, count * in_blocks, c)
+
+            plain = context.encoded(weights, ("diagonals", plan, gain, own), level + 1, scale, build)
+            partial = backend.reshape(backend.multiply_plain_sum(plain, inputs), (len(plan.giants), len(own)))
+            return backend.rescale(backend.sum_rotated(partial, plan.giants))
+
+        out = context.sharded(plan.out_blocks, blocks)
         return _add_bias(context, out, maps, gain, shift)
 
 

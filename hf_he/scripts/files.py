@@ -42,6 +42,9 @@ from hf_he.scripts.display import (
 from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import read_file, write_file
 
+IDLE_SECONDS = 30 * 86400.0
+"""How long the ranks of a sharded server wait for the next batch."""
+
 
 def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, bootstrapping: bool, generation: dict[str, Any] | None = None) -> None:
     """Write secret.key, public.key and evaluation.keys into `out`; `generation`: the options of a GenerationClient, for a decoder."""
@@ -132,8 +135,8 @@ def serve(
     """Serve a model until interrupted; with `finetune`, train it on encrypted examples and keep the checkpoints there; with `generation`, the options of
     a GenerationServer, a decoder.
 
-    `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes. Under torchrun every rank is a server of its own, on the
-    next port; the first one names all of them.
+    `announce` is how a parent process starts it: JSON on stdout, and an end when stdin closes. Under torchrun training ranks are servers of their own, on
+    the next ports, and the first one names all of them; the ranks of a classifier share its weights (hf_he.sharding), and the first one serves.
     """
     from hf_he.finetuning.parallel import Workers
     from hf_he.keys import ServerKeys
@@ -141,7 +144,7 @@ def serve(
     from hf_he.service import serve as run
 
     def ready(url: str) -> None:
-        urls = [part.decode() for part in workers.all_gather(url.encode())]
+        urls = [url] if finetune is None else [part.decode() for part in workers.all_gather(url.encode())]
         if announce:
             if workers.first:
                 print(json.dumps({"urls": urls}), flush=True)
@@ -154,7 +157,10 @@ def serve(
         say(f"[yellow]notice:[/] {text}")
 
     try:
-        workers = Workers() if finetune is None else Workers.from_environment()
+        if finetune is not None:
+            workers = Workers.from_environment()
+        else:
+            workers = Workers.from_environment(IDLE_SECONDS) if generation is None else Workers()
         keys = ServerKeys.load(evaluation_keys, "the server", bootstrapping=refresh == "bootstrap")
         if backend != "auto" and backend_class(backend).name != keys.backend:
             raise HEError(f"these keys are for the {keys.backend} backend, not {backend}: leave --backend out, or generate keys for it")
@@ -168,6 +174,10 @@ def serve(
             from hf_he.generation.server import GenerationServer
 
             server = GenerationServer(model or default_decoder(), keys, refresh=refresh, **generation)
+        elif finetune is None and workers.size > 1:
+            from hf_he.sharding import ShardedServer
+
+            server = ShardedServer(model or default_model(), keys, workers=workers, refresh=refresh)
         elif finetune is None:
             server = Server(model or default_model(), keys, refresh=refresh)
         else:
@@ -179,6 +189,9 @@ def serve(
             raise
         print(json.dumps(error_to_json(error)), flush=True)
         sys.exit(1)
+    if finetune is None and not workers.first:
+        server.follow()
+        return
     run(server, host, port + workers.rank if port else 0, ready)
 
 
