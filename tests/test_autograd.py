@@ -12,7 +12,7 @@ from hf_he import nn as he_nn
 from hf_he.approximation import kernel_exponential
 from hf_he.attention import gaussian_kernel_attention
 from hf_he.autograd import Loss
-from hf_he.errors import ParameterError, ShapeError, UnsupportedEncryptedOperation, UnsupportedModelError
+from hf_he.errors import ParameterError, ShapeError, UnsupportedEncryptedOperation
 from hf_he.ops.operand import Operand
 from hf_he.tensor import EncryptedSession, handler, required_rotations, state_tensor
 
@@ -400,9 +400,3 @@ def test_dropout_in_training_is_refused(make_lab):
 def test_policies_are_checked(lab):
     with pytest.raises(ParameterError, match="keep or recompute"):
         EncryptedSession(lab.backend, lab.packing, activations="none")
-
-
-def test_training_rotations_are_those_of_he_bert(make_lab):
-    config = small_model(attention_kernel="power_softmax").config
-    with pytest.raises(UnsupportedModelError, match="Gaussian-kernel"):
-        required_rotations(config, make_lab().packing, 2, training=True)

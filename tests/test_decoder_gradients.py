@@ -5,12 +5,12 @@ import pytest
 import torch
 from encrypted_adapter import decrypted, install, relative_error
 from test_autograd import check, in_polynomial_mode
-from test_encrypted_decoders import KERNELS, LLAMA, NEOX, calibrated, inputs, small_decoder
+from test_encrypted_decoders import KERNELS, LLAMA, NEOX, SIZES, calibrated, inputs, small_decoder
 from torch.nn import functional as F
 
 from hf_he import nn as he_nn
 from hf_he.ops.gathered import Gathered
-from hf_he.tensor import EncryptedTensor
+from hf_he.tensor import EncryptedTensor, required_rotations
 
 TOLERANCE = 1e-3
 FUSED, SEPARATE = ("query_key_value",), ("q_proj", "k_proj", "v_proj")
@@ -111,7 +111,11 @@ class Run:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_next_token_loss(lab, variant, kernel):
+def test_next_token_loss(make_lab, variant, kernel):
+    """With the keys for the promised rotations only."""
+    config_class, _, _, changes = VARIANTS[variant]
+    packing = make_lab().packing
+    lab = make_lab(rotations=required_rotations(config_class(**(SIZES | changes | KERNELS[kernel])), packing, 2, training=True))
     run = Run(lab, variant, kernel)
     run.backward()
     run.check()

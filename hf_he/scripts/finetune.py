@@ -15,6 +15,10 @@ SHORT_RUN_STEPS = 10
 
 def finetune(
     encrypted: Annotated[bool, typer.Option("--encrypted", help="Train on ciphertexts; without it, in the clear with the same polynomials.")] = False,
+    task: Annotated[str | None, typer.Option(help="lm: a decoder on a text of your own (--text). Default: what the recipe says.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --task lm: the private text, UTF-8.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="With --task lm: tokens of a window, a power of two. Default: 64.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="With --task lm; a recipe has its own.")] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run: keys, checkpoints, adapter, plot.")] = None,
@@ -39,10 +43,21 @@ def finetune(
 
     from hf_he.backends import set_default_device
     from hf_he.checkpoints import default_model
+    from hf_he.errors import ParameterError
     from hf_he.finetuning.recipe import load_finetune_recipe
 
     logging.set_verbosity_error()
     set_default_device(device)
+    if task == "lm":
+        from hf_he.scripts.finetune_text import finetune_text
+
+        refused = {"--config": config, "--epochs": epochs, "--prepare": prepare, "--processes": (processes or 1) > 1, "training in the clear": not encrypted}
+        refused |= {"--optimizer-location client": optimizer_location == "client", "--loss-location server": loss_location == "server"}
+        options = {"steps": max_steps, "rank": lora_rank, "batch_size": batch_size, "context": context, "learning_rate": learning_rate, "backend": backend}
+        finetune_text(text, model, output_dir, server, resume, json_output, refused=refused, refresh=refresh, parameters=parameters, **options)
+        return
+    if task is not None or text is not None or context is not None or learning_rate is not None:
+        raise ParameterError("--text, --context and --learning-rate belong to --task lm: add it, or leave them out")
     recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
