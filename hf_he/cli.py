@@ -166,10 +166,14 @@ def plan(
     model: Model = None,
     parameters: Parameters = "n14",
     batch: Annotated[int | None, typer.Option(min=1, help="Sentences at once: chooses the features per ciphertext for them, and says why.")] = None,
+    finetune: Annotated[bool, typer.Option("--finetune", help="A LoRA step of --batch examples (default 16) instead of an inference.")] = False,
     json_output: Json = False,
 ) -> None:
     """Show at which level each operation will run, and what refreshes, keys and time that takes; no keys are made."""
-    _load("plan").plan(model, parameters, json_output, batch)
+    if finetune:
+        _load("plan").plan_step(model, parameters, json_output, batch or 16)
+    else:
+        _load("plan").plan(model, parameters, json_output, batch)
 
 
 @app.command()

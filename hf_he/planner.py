@@ -30,7 +30,7 @@ from hf_he.ops.placement import Levels
 from hf_he.packing import Packing
 from hf_he.tensor import EncryptedTensor
 
-__all__ = ["CountingSession", "PackingChoice", "Plan", "choose_packing", "key_sizes", "make_plan", "make_plans", "packing_widths"]
+__all__ = ["CountingSession", "PackingChoice", "Plan", "cheapest_packing", "choose_packing", "key_sizes", "make_plan", "make_plans", "packing_widths"]
 
 WORTH = 1.5
 """How many times faster one feature per ciphertext must be, since it takes more memory and larger messages."""
@@ -92,18 +92,24 @@ def make_plans(model: nn.Module, parameters: CKKSParameters, tokens: int) -> dic
 def choose_packing(plans: Mapping[Packing, Plan], batch: int) -> PackingChoice:
     """Which of the packings of `make_plans` takes the least time for `batch` sequences. A packed batch costs the same whether it is full or not, which
     decides; one feature per ciphertext must be WORTH times faster."""
-    seconds, said = {}, []
-    for packing, plan in plans.items():
-        runs, width = -(-batch // packing.sequences), packing.features
-        seconds[width] = runs * sum(plan.seconds.values())
+    seconds = {packing: -(-batch // packing.sequences) * sum(plan.seconds.values()) for packing, plan in plans.items()}
+    packing, reason = cheapest_packing(seconds, batch)
+    return PackingChoice(packing, plans[packing], {known.features: value for known, value in seconds.items()}, reason)
+
+
+def cheapest_packing(seconds: Mapping[Packing, float], batch: int) -> tuple[Packing, str]:
+    """The packing that takes the least of the seconds of one core for `batch` sequences, by the rule of `choose_packing`, and why."""
+    packing = min(seconds, key=lambda known: seconds[known] * (WORTH if known.features == 1 else 1.0))
+    if len(seconds) == 1:
+        return packing, "the only packing of this model"
+    said = []
+    for known, value in seconds.items():
+        runs = -(-batch // known.sequences)
         batches = "1 packed batch" if runs == 1 else f"{runs} packed batches"
-        said.append(f"with {width} a ciphertext {seconds[width]:.1f} s, {batches} of up to {packing.sequences} sequences")
-    packing, plan = min(plans.items(), key=lambda item: seconds[item[0].features] * (WORTH if item[0].features == 1 else 1.0))
-    if len(plans) == 1:
-        return PackingChoice(packing, plan, seconds, "the only packing of this model")
+        said.append(f"with {known.features} a ciphertext {value:.1f} s, {batches} of up to {known.sequences} sequences")
     features = "one feature per ciphertext pays" if packing.features == 1 else f"{packing.features} features per ciphertext suit"
     rule = f"one feature must be {WORTH} times faster, since it takes more memory and larger messages"
-    return PackingChoice(packing, plan, seconds, f"{features} {batch} sequences: {'; '.join(said)} (of one core; {rule})")
+    return packing, f"{features} {batch} sequences: {'; '.join(said)} (of one core; {rule})"
 
 
 def key_sizes(plan: Plan, parameters: CKKSParameters) -> dict[str, dict[str, int]]:

@@ -177,11 +177,14 @@ class EncryptedSession(OperationContext):
         return EncryptedTensor(Operand(self, features, ciphertext), (features,), BIAS, requires_grad=True)
 
     def labels(self, targets: Ciphertext, sequence_weights: Ciphertext, num_labels: int, dtype: torch.dtype = torch.int64) -> EncryptedTensor:
-        """Labels [B], or [B, num_labels] numbers to predict (dtype float32): [1] with a one-hot vector or the numbers on each sequence's first
-        token, and [1] with the sequence's weight in the same places; zero elsewhere."""
-        for ciphertext in (targets, sequence_weights):
-            if ciphertext.batch_shape != (1,) or num_labels > self.packing.features:
-                raise ShapeError(f"labels are one ciphertext of at most {self.packing.features} features, got {num_labels} and {ciphertext.batch_shape}")
+        """Labels [B], or [B, num_labels] numbers to predict (dtype float32): [blocks] with a one-hot vector or the numbers on each sequence's first
+        token, and [1] with the sequence's weight in the same places; zero elsewhere. Blocks of several features hold all labels in the first."""
+        blocks, c = self.packing.blocks(num_labels), self.packing.features
+        if c > 1 and blocks > 1:
+            raise ShapeError(f"labels are one ciphertext of at most {c} features, got {num_labels}: use a packing with more")
+        for ciphertext, count in ((targets, blocks), (sequence_weights, 1)):
+            if ciphertext.batch_shape != (count,):
+                raise ShapeError(f"{num_labels} labels are {blocks} ciphertexts and one of weights, got a batch of {ciphertext.batch_shape}")
         shape = (self.packing.sequences,) if dtype is torch.int64 else (self.packing.sequences, num_labels)
         return EncryptedTensor(Labels(self, num_labels, targets, sequence_weights), shape, LABELS, dtype=dtype)
 

@@ -121,10 +121,11 @@ class Work:
         return {part: sum(count for (name, _), count in units.items() if name == "refresh") for part, units in parts.items()}
 
 
-def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False, parameters: CKKSParameters | None = None) -> Work:
-    """LoRA of this rank on queries, keys and values, and the classifier; Gaussian-kernel attention, or softmax. `parameters`: others than the shape's."""
+def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False, parameters: CKKSParameters | None = None, features: int | None = None) -> Work:
+    """LoRA of this rank on queries, keys and values, and the classifier; Gaussian-kernel attention, or softmax. `parameters` and `features` per
+    ciphertext: others than the shape's."""
     parameters = parameters or parameter_set(shape.parameters)
-    session = PricedSession(parameters, Packing.fit(parameters.slots, shape.features, shape.tokens))
+    session = PricedSession(parameters, Packing.fit(parameters.slots, features or shape.features, shape.tokens))
     backend = session.backend
     run = TrainingRun(session, make_model(shape), TrainingSettings(rank=rank))
     if softmax_attention:
@@ -140,7 +141,8 @@ def count_lora(shape: Shape, rank: int = 2, softmax_attention: bool = False, par
     for step in range(1, OPTIMIZER_STEPS + 1):
         run.prepare()
         optimizer += backend.take_units()
-        run.micro_batch(MicroBatch(_blocks(session, run.model, fresh), fresh, fresh, fresh))
+        labels = replace(fresh, batch_shape=(session.packing.blocks(run.num_labels),))
+        run.micro_batch(MicroBatch(_blocks(session, run.model, fresh), fresh, labels, fresh))
         layers += backend.take_units()
         run.load(*run.update(run.gradient(session.packing.sequences), step))
         optimizer += backend.take_units()

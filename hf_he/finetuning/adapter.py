@@ -188,7 +188,7 @@ def _placed(context: OperationContext, vectors: Ciphertext, layout: AdapterLayou
         n = min(vectors.count - done, lanes - lane)
 
         def masks(lane: int = lane, n: int = n) -> np.ndarray:
-            return factor * np.repeat(np.eye(lanes)[lane : lane + n], layout.packing.features, axis=1)[None]
+            return factor * np.repeat(np.eye(n, lanes, lane), layout.packing.features, axis=1)[None]
 
         with context.backend.log.measure("optimizer"):
             plain = backend.encode(masks(), 1, scale)

@@ -18,7 +18,7 @@ import numpy as np
 from hf_he.approximation import Polynomial, Reciprocal, fit_polynomial, fit_reciprocal
 from hf_he.backends.base import Ciphertext
 from hf_he.errors import ParameterError, RangeError, ShapeError
-from hf_he.ops import goldschmidt, polynomial
+from hf_he.ops import feature_major, goldschmidt, polynomial
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
 from hf_he.packing import Packing
@@ -174,8 +174,11 @@ def _weighted_difference(context: OperationContext, values: Ciphertext, labels: 
 
 
 def _mix(context: OperationContext, ct: Ciphertext, matrix: np.ndarray) -> Ciphertext:
-    """The [k, k] `matrix` times features 0 .. k - 1 of every lane; other features become zero. One level, 2 (k - 1) hoisted rotations."""
+    """The [k, k] `matrix` times features 0 .. k - 1 of every lane; other features become zero. One level, 2 (k - 1) hoisted rotations; with one
+    feature per ciphertext none."""
     backend, k, c = context.backend, len(matrix), context.packing.features
+    if c == 1:
+        return feature_major.encrypted(context, ct, matrix)
     steps = range(1 - k, k)
 
     def diagonals() -> np.ndarray:
@@ -192,4 +195,6 @@ def _mix(context: OperationContext, ct: Ciphertext, matrix: np.ndarray) -> Ciphe
 
 def rotations(packing: Packing, num_labels: int) -> set[int]:
     """Rotation steps of the loss over `num_labels` classes."""
+    if packing.features == 1:
+        return set()
     return {step % packing.slots for step in range(1 - num_labels, num_labels)} - {0}

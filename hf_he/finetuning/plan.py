@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hf_he.ckks.parameters import CKKSParameters
+from hf_he.finetuning.adapter import SPREAD_DEPTH, AdapterLayout
 from hf_he.finetuning.protocol import TrainingSettings
-from hf_he.finetuning.step import MicroBatch, TrainingRun
+from hf_he.finetuning.step import MicroBatch, TrainingRun, adapted_model
 from hf_he.packing import Packing
-from hf_he.planner import CountingSession
+from hf_he.planner import CountingSession, cheapest_packing, packing_widths
 from hf_he.refresh import LARGEST_REFRESH
 
 
@@ -66,9 +67,38 @@ def plan_step(model: nn.Module, parameters: CKKSParameters, packing: Packing, se
     session = CountingSession(parameters, packing)
     run = TrainingRun(session, model, replace(settings, steps=max(settings.steps, 2)))
     fresh = session.backend.fresh(session.top)
-    ask = (lambda logits: fresh) if settings.loss_location == "client" else None
-    blocks = replace(fresh, batch_shape=(packing.blocks(run.model.config.hidden_size),))
-    return plan_run(session, run, lambda: run.micro_batch(MicroBatch(blocks, fresh, fresh, fresh), ask))
+    blocks, labels = (replace(fresh, batch_shape=(packing.blocks(count),)) for count in (run.model.config.hidden_size, run.num_labels))
+    ask = (lambda logits: labels) if settings.loss_location == "client" else None
+    return plan_run(session, run, lambda: run.micro_batch(MicroBatch(blocks, fresh, labels, fresh), ask))
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """The packing that takes the least time for a step, its plan, and why: the seconds of one core for the whole step, by features per ciphertext, and
+    how many ciphertexts the model's encrypted weights are, which it holds at `weight_bytes` during the step."""
+
+    packing: Packing
+    plan: StepPlan
+    seconds: dict[int, float]
+    weights: dict[int, int]
+    weight_bytes: dict[int, int]
+    reason: str
+
+
+def choose_step_packing(make_model: Callable[[], nn.Module], parameters: CKKSParameters, tokens: int, settings: TrainingSettings) -> StepChoice:
+    """`choose_packing` of hf_he.planner for a training step of `settings.sequences` examples; `make_model` gives a new model each time."""
+    plans, seconds, weights = {}, {}, {}
+    for width in packing_widths(make_model().config):
+        packing = Packing.fit(parameters.slots, width, tokens)
+        plans[packing] = plan_step(make_model(), parameters, packing, settings)
+        seconds[packing] = sum(plans[packing].seconds(-(-settings.sequences // packing.sequences)).values())
+        weights[width] = AdapterLayout.of(adapted_model(make_model(), settings), packing).total
+    each = 2 * 8 * parameters.ring_degree * (parameters.max_level + 1 - SPREAD_DEPTH)
+    bytes_ = {width: count * each for width, count in weights.items()}
+    packing, reason = cheapest_packing(seconds, settings.sequences)
+    held = "; ".join(f"encrypted weights with {width} a ciphertext: {count:,} ciphertexts, {bytes_[width] / 1e9:.2f} GB" for width, count in weights.items())
+    by_width = {known.features: value for known, value in seconds.items()}
+    return StepChoice(packing, plans[packing], by_width, weights, bytes_, f"{reason}; {held}")
 
 
 def plan_run(session: CountingSession, run: TrainingRun, micro_batch: Callable[[], object]) -> StepPlan:

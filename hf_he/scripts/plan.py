@@ -48,6 +48,45 @@ def describe(plan: Plan, parameters: CKKSParameters, packing: Packing) -> dict[s
     }
 
 
+def collect_step(model: Path | None, parameters: str, batch: int) -> dict[str, Any]:
+    """What a training step of `batch` examples takes in the packing that suits it, JSON-ready."""
+    from hf_he.finetuning.plan import choose_step_packing
+    from hf_he.finetuning.protocol import TrainingSettings
+
+    chosen = parameter_set(parameters)
+    choice = choose_step_packing(lambda: load_classifier(model or default_model()), chosen, SEQUENCE_LENGTH, TrainingSettings(sequences=batch))
+    micro_batches = -(-batch // choice.packing.sequences)
+    return {
+        "parameters": parameters,
+        "batch": batch,
+        "features_per_ciphertext": choice.packing.features,
+        "micro_batches": micro_batches,
+        "seconds": choice.plan.seconds(micro_batches),
+        "seconds_by_features": {str(width): value for width, value in choice.seconds.items()},
+        "weight_ciphertexts_by_features": {str(width): value for width, value in choice.weights.items()},
+        "weight_bytes_by_features": {str(width): value for width, value in choice.weight_bytes.items()},
+        "operations": choice.plan.operations(micro_batches),
+        "refresh_messages": choice.plan.refreshes(micro_batches),
+        "rotations": len(choice.plan.rotations),
+        "reason": choice.reason,
+    }
+
+
+def plan_step(model: Path | None, parameters: str, json_output: bool, batch: int) -> None:
+    """Print the plan of a training step as a table or JSON."""
+    data = collect_step(model, parameters, batch)
+    if json_output:
+        print_json(data)
+        return
+    facts = Table(show_header=False, title=f"Training step of {batch} examples")
+    facts.add_row("packing", data["reason"])
+    facts.add_row("refreshes", f"{data['refresh_messages']} messages, if by the client")
+    facts.add_row("rotations", f"{data['operations'].get('rotate', 0):,} with {data['rotations']} keys")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in sorted(data["seconds"].items(), key=lambda item: -item[1]) if value >= 0.05)
+    facts.add_row("time on one core", f"about {sum(data['seconds'].values()):.0f} s in {data['micro_batches']} micro-batches ({seconds})")
+    console.print(facts)
+
+
 def plan(model: Path | None, parameters: str, json_output: bool, batch: int | None = None) -> None:
     """Print the plan as tables or JSON."""
     data = collect(model, parameters, batch)
