@@ -128,6 +128,8 @@ def test_the_demo_bootstraps_where_it_can():
         assert choose_policy(backend, "n15", None) == ("n15", "client")
         assert choose_policy(backend, "n16-bootstrap", None) == ("n16-bootstrap", "bootstrap")
         assert choose_policy(backend, "n16-bootstrap", "client") == ("n16-bootstrap", "client")
+    assert choose_policy("fhelium", None, None) == ("n14", "client") and choose_policy("desilo", None, None) == ("n14-6", "client")
+    assert choose_policy("fhelium", None, "bootstrap") == ("n16-bootstrap", "bootstrap")
 
 
 def test_env_names_every_backend_and_parameter_set():
