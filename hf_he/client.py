@@ -23,6 +23,7 @@ from hf_he.backends import HEBackend, get_backend
 from hf_he.checkpoints import load_classifier, model_fingerprint
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
+from hf_he.handlers.attention import mask_power
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
 from hf_he.planner import PackingChoice, Plan, choose_packing, make_plans, packing_widths
@@ -155,6 +156,11 @@ class Client:
         offered = set(self.packings) if offered is None else {self.packing.features, *offered}
         return choose_packing({packing: plan for packing, plan in self._plans.items() if packing.features in offered}, sentences)
 
+    @cached_property
+    def mask_power(self) -> int | None:
+        """What `pack_attention_mask` has to know of the model's kernel."""
+        return mask_power(self.model)
+
     @property
     def identity(self) -> Identity:
         return Identity(self.backend.name, self.backend.parameters.fingerprint, self.model_fingerprint, self._keys.key_id)
@@ -196,7 +202,7 @@ class Client:
         for index in range(batches):
             lane = slice(index * lanes, (index + 1) * lanes)
             packed.append(pack_embeddings(embeddings[lane], packing))
-            packed_masks.append(pack_attention_mask(masks[lane], packing))
+            packed_masks.append(pack_attention_mask(masks[lane], packing, self.mask_power))
         secret = self._keys.secret  # symmetric encryption: less noise, and half of each ciphertext is a seed
         return EncryptedBatch(
             self.identity,

@@ -20,7 +20,7 @@ SENTENCES = [
 ]
 
 
-def save_tiny_model(directory: Path, seed: int = 0) -> Path:
+def save_tiny_model(directory: Path, seed: int = 0, **changes) -> Path:
     """One layer, hidden size 32, two heads; the fitted ranges cover SENTENCES with a small margin."""
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -30,13 +30,13 @@ def save_tiny_model(directory: Path, seed: int = 0) -> Path:
     config = HEBertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
-        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
         initializer_range=0.3,
         id2label={0: "negative", 1: "positive"},
         label2id={"negative": 0, "positive": 1},
+        **({"num_hidden_layers": 1} | changes),
     )
     model = HEBertForSequenceClassification(config).eval()
     tokens = tokenizer(SENTENCES, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
@@ -55,4 +55,6 @@ def _entry(observed) -> dict:
         return {"interval": [low * 0.85, high * 1.15], "degree": 7, "newton_steps": 1}
     if observed.statistic == "exponent":
         return {"interval": [low - margin, 0.0], "squarings": 6}
+    if observed.statistic in ("power_mean", "kernel_mean"):
+        return {"interval": [low / 2, 2 * high], "degree": 15, "goldschmidt_steps": 3}
     return {"interval": [low - margin, high + margin], "degree": 15}

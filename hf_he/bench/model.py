@@ -26,6 +26,7 @@ from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.data import load_dataset
 from hf_he.errors import DataError
+from hf_he.handlers.attention import mask_power
 from hf_he.level_search import CountingSession
 from hf_he.measurement import begin_peak_period, peak_memory_bytes
 from hf_he.nn import LayerRange, RangeTracker
@@ -144,7 +145,7 @@ def measure(work: Workload, backend_name: str, device: str, announce: Announce) 
     def run(index: int) -> float:
         rows = slice(index * work.packing.sequences, (index + 1) * work.packing.sequences)
         state = backend.encrypt(pack_embeddings(work.embeddings[rows], work.packing), secret)
-        mask = backend.encrypt(pack_attention_mask(work.mask[rows], work.packing), secret)
+        mask = backend.encrypt(pack_attention_mask(work.mask[rows], work.packing, mask_power(work.model)), secret)
         _synchronise(device)
         start = time.perf_counter()
         _forward(session, work, state, mask)

@@ -120,7 +120,7 @@ class TrainingClient:
         packing, lanes = self.packing, self.packing.sequences
         filled = [list(chunk or (0,)) for chunk in chunks]
         public = self.settings.public_padding_mask
-        mask = None if public else self._encrypted(np.stack([pack_attention_mask(masks[rows], packing) for rows in filled]))
+        mask = None if public else self._encrypted(np.stack([pack_attention_mask(masks[rows], packing, self.client.mask_power) for rows in filled]))
         lengths = np.stack([masks[rows][np.arange(lanes) % len(rows)] for rows in filled]).astype(bool) if public else None
         targets = [self._targets([labels[row] for row in chunk]) for chunk in chunks]
         weights = [self.on_first_tokens(np.ones((len(chunk), self.num_labels))) for chunk in chunks]

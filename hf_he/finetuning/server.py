@@ -38,6 +38,7 @@ from hf_he.finetuning.protocol import (
     TrainingStep,
 )
 from hf_he.finetuning.step import MicroBatch, TrainingRun
+from hf_he.handlers.attention import mask_power
 from hf_he.keys import ServerKeys
 from hf_he.packing import pack_attention_mask
 from hf_he.protocol import BATCH_KIND, MAX_BATCHES
@@ -295,7 +296,7 @@ class FinetuneServer(Server):
         take, mask = self.backend.take, work.attention_mask
         batch = MicroBatch(
             take(work.embeddings, index),
-            take(mask, index) if isinstance(mask, Ciphertext) else pack_attention_mask(mask[index], self.packing),
+            take(mask, index) if isinstance(mask, Ciphertext) else pack_attention_mask(mask[index], self.packing, mask_power(self.model)),
             take(work.labels, index),
             take(work.sequence_weights, index),
         )

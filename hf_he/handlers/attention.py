@@ -12,6 +12,7 @@ from hf_he import autograd
 from hf_he.approximation import KernelExponential, Polynomial, Reciprocal
 from hf_he.attention import gaussian_kernel_attention, normalized_gaussian_kernel_attention, power_softmax_attention
 from hf_he.backends.base import Ciphertext
+from hf_he.errors import ParameterError
 from hf_he.handlers import cached
 from hf_he.ops import attention, feature_major_attention, power_softmax
 from hf_he.ops.attention_gradient import GaussianKernel
@@ -134,6 +135,26 @@ def normalized_kernel_form(config: Any, exponential: KernelExponential) -> power
     """The normalized Gaussian kernel (1 + s / 2^k)^(2^k) as a power softmax of 1 + s / 2^k."""
     eps, length_agnostic = config.power_softmax_eps, config.power_softmax_length_agnostic
     return power_softmax.PowerSoftmax(exponential.degree, eps, 1.0, None, length_agnostic, distances=True)
+
+
+def mask_power(model: torch.nn.Module) -> int | None:
+    """The `power` that `pack_attention_mask` takes for this model in polynomial mode; None where its masks hold ones.
+
+    Raises ParameterError where its layers need different masks.
+    """
+    powers = {_counted_power(module) for module in model.modules() if getattr(module, "kernel_approximation", None) is not None}
+    if len(powers) > 1:
+        raise ParameterError("the kernels of this model's layers have different powers, and one mask serves them all: calibrate them to the same squarings")
+    return powers.pop() if powers else None
+
+
+def _counted_power(module: torch.nn.Module) -> int | None:
+    """The power of a bidirectional kernel whose rows are divided by their number of valid keys."""
+    config = module.config
+    if config.attention_kernel == "gaussian_kernel" or getattr(module, "is_causal", False):
+        return None
+    form = power_softmax_form(config) if config.attention_kernel == "power_softmax" else normalized_kernel_form(config, module.kernel_approximation)
+    return form.power if form.counts else None
 
 
 def attention_operands(
