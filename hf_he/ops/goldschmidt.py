@@ -16,7 +16,8 @@ def depth(approximation: Reciprocal) -> int:
 def evaluate_reciprocal(context: OperationContext, mapped: Ciphertext, approximation: Reciprocal, level: int) -> Ciphertext:
     """1 / (g v), g = 2 / (high - low), of the v whose image in [-1, 1] is `mapped`; at `level` or higher, refreshed on the way where levels are missing.
 
-    Dividing by g as well saves a level: g v is `mapped` plus a constant, and the caller has multiplied by g already.
+    Dividing by g as well saves a level: g v is `mapped` plus a constant, and the caller has multiplied by g already. The result reaches (high - low) / (2 low),
+    too much for a level 0 of 10 bits above the scale where that is over 512: what a refresh must follow is refreshed one step earlier.
     """
     backend = context.backend
     low, high = approximation.interval
@@ -34,9 +35,9 @@ def evaluate_reciprocal(context: OperationContext, mapped: Ciphertext, approxima
     residual = backend.add_scalar(backend.negate(context.product(value, y)), 1.0)
     for step in range(approximation.steps):
         y = backend.match_level(y, residual.level)
-        if y.level < 1:
-            y, residual = _together(context, y, residual, min(approximation.steps - step + level, context.top))
         last = step == approximation.steps - 1
+        if y.level < (2 if last and level else 1):
+            y, residual = _together(context, y, residual, min(approximation.steps - step + level, context.top))
         products = context.product(y if last else backend.stack([y, residual]), residual)
         y = backend.add(backend.match_level(y, products.level), products if last else backend.take(products, 0))
         residual = residual if last else backend.take(products, 1)
