@@ -7,9 +7,11 @@ it into lora_B changes nothing but the learning rate of lora_B, so here lora_alp
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from hf_he.errors import ParameterError
 
@@ -42,3 +44,10 @@ class HELoraConfig(LoraConfig):
             if wrong:
                 raise ParameterError(f"{name} has no encrypted form: leave it at its default")
         super().__post_init__()
+
+
+def with_fresh_adapter(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`get_peft_model` in eval mode. Raises ValueError, as peft does, when `model` has no such modules."""
+    with warnings.catch_warnings():  # peft reads a name that transformers has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -17,19 +16,15 @@ from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.reference import PolynomialTraining
 from hf_he.finetuning.step import Ask, TrainingRun
 from hf_he.packing import Packing
-from hf_he.peft import HELoraConfig
+from hf_he.peft import HELoraConfig, with_fresh_adapter
 from hf_he.planner import CountingSession
 
 
 def adapted_decoder(model: nn.Module, settings: TrainingSettings) -> nn.Module:
     """`model` as a PEFT model with a fresh adapter of these settings. Raises ModelMismatchError when it has no such modules, or one is the head."""
-    from peft import get_peft_model
-
     config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), task_type="CAUSAL_LM")
     try:
-        with warnings.catch_warnings():  # peft reads a name that transformers has deprecated
-            warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, config).eval()
+        adapted = with_fresh_adapter(model, config)
     except ValueError as error:
         raise ModelMismatchError(f"this model has no modules {', '.join(settings.target_modules)} to adapt: name its projections") from error
     if any(parameter.requires_grad for parameter in adapted.get_base_model().get_output_embeddings().parameters()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_he.backends import HEBackend
@@ -22,7 +22,7 @@ from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.generation.model import ENCRYPTED_ADAPTER_FILE as ADAPTER_FILE
 from hf_he.keys import Keys
 from hf_he.packing import Packing
-from hf_he.peft import HELoraConfig
+from hf_he.peft import HELoraConfig, with_fresh_adapter
 from hf_he.protocol import Identity, as_array, as_bytes
 from hf_he.serialization import pack, read_file, unpack, write_file
 from hf_he.tensor import EncryptedSession
@@ -71,7 +71,7 @@ class EncryptedLora:
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """`model` with fresh LoRA layers where this adapter belongs. Raises ModelMismatchError when it has no such modules."""
         try:
-            return get_peft_model(model, HELoraConfig(r=self.rank, target_modules=list(self.target_modules))).eval()
+            return with_fresh_adapter(model, HELoraConfig(r=self.rank, target_modules=list(self.target_modules)))
         except ValueError as error:
             raise ModelMismatchError(f"this model has no modules {', '.join(self.target_modules)} to adapt: use the model the adapter was made for") from error
 

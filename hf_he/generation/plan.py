@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from hf_he.backends.base import Ciphertext
@@ -16,7 +15,7 @@ from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.generation.decoder import EncryptedDecoder
 from hf_he.ops.argmax import MAX_CANDIDATES
 from hf_he.packing import Packing
-from hf_he.peft import HELoraConfig
+from hf_he.peft import HELoraConfig, with_fresh_adapter
 from hf_he.planner import CountingSession
 
 
@@ -88,7 +87,7 @@ def generation_rotations(
     rotations = plan_generation(model, parameters, packing, max_tokens).rotations
     if lora is None:
         return rotations
-    tuned = get_peft_model(copy.deepcopy(model), copy.deepcopy(lora)).eval()
+    tuned = with_fresh_adapter(copy.deepcopy(model), copy.deepcopy(lora))
     session = CountingSession(parameters, packing)
     layout = AdapterLayout.of(tuned, packing)
     dense = replace(session.backend.fresh(session.top), batch_shape=(layout.count,))
