@@ -59,7 +59,8 @@ class ShardedServer(Server):
     def __init__(self, model: str | Path, evaluation_keys: str | Path | bytes | ServerKeys, *, workers: Workers, refresh: str = "client") -> None:
         super().__init__(model, evaluation_keys, refresh=refresh)
         self._workers = workers
-        self.session.shards = Shards(self.backend, workers)
+        for session in self.sessions.values():
+            session.shards = Shards(self.backend, workers)
 
     def open(self, data: bytes) -> ShardedWork:
         return ShardedWork(**vars(super().open(data)), data=data)
