@@ -1,10 +1,12 @@
 """Two real processes: the same sum in the same bits on both, failures that reach everyone, and the adapter of one process."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import warnings
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from test_trainer import error_of
 from hf_he.backends import get_backend
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import CheckpointError, HEError
+from hf_he.finetuning.checkpoint import CURRENT, Checkpoint
 from hf_he.finetuning.parallel import Workers, share
+from hf_he.remote import connect
 
 REDUCE = """
 import json, sys
@@ -38,8 +42,6 @@ except HEError as error:
 
 @pytest.mark.parametrize("name", ["simulator", "native"])
 def test_all_ranks_hold_the_same_bits_of_the_sum(tmp_path, name):
-    import json
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parameters = CKKSParameters.from_bits(11, 50, 40, 2, special_bits=50, special_count=1, insecure=True)
@@ -104,3 +106,28 @@ def test_two_server_processes_train_the_adapter_of_one(new_trainer):
     again = new_trainer(processes=2, max_steps=2)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2 and error_of(again) < 1e-4
+
+
+@pytest.mark.slow
+def test_accelerate_launch(new_trainer, tiny, tmp_path):
+    """The command of the recipe: two ranks, whose adapters are the same bits and the plaintext twin's to CKKS precision."""
+    keys = new_trainer().prepare()
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, *launcher, "-m", "hf_he", "serve", "--finetune", str(tmp_path / "ranks"), "--evaluation-keys", str(keys)]
+    with (tmp_path / "log").open("wb") as log:
+        ranks = subprocess.Popen([*command, "--model", str(tiny), "--port", "0", "--announce"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    try:
+        line = ranks.stdout.readline()
+        assert line, (tmp_path / "log").read_text()[-1000:]
+        with ExitStack() as stack:
+            servers = [stack.enter_context(connect(url)) for url in json.loads(line)["urls"]]
+            trainer = new_trainer(servers=servers)
+            trainer.train(resume_from_checkpoint=True)
+        assert len(servers) == 2 and error_of(trainer) < 1e-4
+        first, second = (Checkpoint.from_bytes((tmp_path / "ranks" / rank / CURRENT).read_bytes()) for rank in ("", "rank-1"))
+        assert first.step == second.step == 2 and first.weights == second.weights and first.state == second.state
+    finally:
+        ranks.stdin.close()
+        ranks.terminate()
+        ranks.wait(60)
+        ranks.stdout.close()
