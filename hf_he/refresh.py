@@ -16,13 +16,14 @@ class RefreshPolicy(Protocol):
     """Turns a ciphertext into one of the same values with at least `level` levels. `count` is how often it did.
 
     `lanes` batches run in `turns`, because refreshing them together costs less.
+    Values that are refreshed over and over ask for more than one iteration where a refresh adds an error.
     """
 
     count: int
     lanes: int
     turns: Turns
 
-    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext: ...
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext: ...
 
 
 LARGEST_REFRESH = 64
@@ -45,7 +46,7 @@ class ClientRefresh:
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext:
         if ct.count <= LARGEST_REFRESH:
             return self._refresh(backend, ct, level)
         flat, rows = backend.reshape(ct, (ct.count,)), []
@@ -92,8 +93,10 @@ class BootstrapRefresh:
         self.turns = Turns(backend.log.suspended)
         self.count = 0
 
-    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext:
         self.count += 1
+        if iterations > 1 and backend.iterates:
+            return backend.bootstrap(ct, iterations)
         return self.turns.meet(backend.match_level(ct, 0), lambda cts: _bootstrap(backend, cts))
 
 

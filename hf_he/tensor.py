@@ -120,11 +120,13 @@ def _detached(result: Any) -> bool:
 
 
 class Labels(Operand):
-    """What a loss compares the logits with: `one_hot` and `weights` [1], both zero outside of the features < labels of first tokens."""
+    """What a loss compares the logits with: `one_hot` and `weights` [1], both zero outside of the features < labels of first tokens. `loss` has
+    the polynomials (hf_he.finetuning.loss); None where its gradient comes from elsewhere."""
 
-    def __init__(self, context: OperationContext, features: int, one_hot: Ciphertext, weights: Ciphertext) -> None:
+    def __init__(self, context: OperationContext, features: int, one_hot: Ciphertext, weights: Ciphertext, loss: Any = None) -> None:
         super().__init__(context, features, one_hot, pooled=True)
         self.weights = weights
+        self.loss = loss
 
     @property
     def one_hot(self) -> Ciphertext:
@@ -176,9 +178,12 @@ class EncryptedSession(OperationContext):
             raise ShapeError(f"a bias of {features} features is {self.packing.blocks(features)} ciphertexts, got a batch of {ciphertext.batch_shape}")
         return EncryptedTensor(Operand(self, features, ciphertext), (features,), BIAS, requires_grad=True)
 
-    def labels(self, targets: Ciphertext, sequence_weights: Ciphertext, num_labels: int, dtype: torch.dtype = torch.int64) -> EncryptedTensor:
+    def labels(self, targets: Ciphertext, sequence_weights: Ciphertext, num_labels: int, dtype: torch.dtype = torch.int64, loss: Any = None) -> EncryptedTensor:
         """Labels [B], or [B, num_labels] numbers to predict (dtype float32): [blocks] with a one-hot vector or the numbers on each sequence's first
-        token, and [1] with the sequence's weight in the same places; zero elsewhere. Blocks of several features hold all labels in the first."""
+        token, and [1] with the sequence's weight in the same places; zero elsewhere. Blocks of several features hold all labels in the first.
+
+        With `loss`, a CrossEntropy or MeanSquaredError of hf_he.finetuning.loss, `model(..., labels=labels).loss.backward()` works.
+        """
         blocks, c = self.packing.blocks(num_labels), self.packing.features
         if c > 1 and blocks > 1:
             raise ShapeError(f"labels are one ciphertext of at most {c} features, got {num_labels}: use a packing with more")
@@ -186,7 +191,7 @@ class EncryptedSession(OperationContext):
             if ciphertext.batch_shape != (count,):
                 raise ShapeError(f"{num_labels} labels are {blocks} ciphertexts and one of weights, got a batch of {ciphertext.batch_shape}")
         shape = (self.packing.sequences,) if dtype is torch.int64 else (self.packing.sequences, num_labels)
-        return EncryptedTensor(Labels(self, num_labels, targets, sequence_weights), shape, LABELS, dtype=dtype)
+        return EncryptedTensor(Labels(self, num_labels, targets, sequence_weights, loss), shape, LABELS, dtype=dtype)
 
 
 def state_tensor(operand: Operand) -> EncryptedTensor:

@@ -1,5 +1,7 @@
 """Gradients of every encrypted operation and of whole models with PEFT LoRA against torch's autograd of the polynomial model."""
 
+import copy
+
 import pytest
 import torch
 from encrypted_adapter import adapted, decrypted, install, leaf, relative_error
@@ -13,6 +15,7 @@ from hf_he.approximation import kernel_exponential
 from hf_he.attention import gaussian_kernel_attention
 from hf_he.autograd import Loss
 from hf_he.errors import ParameterError, ShapeError, UnsupportedEncryptedOperation
+from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
 from hf_he.ops.operand import Operand
 from hf_he.tensor import EncryptedSession, handler, required_rotations, state_tensor
 
@@ -226,6 +229,7 @@ class Run:
         self.logits = self.model(embedding_output=self.embeddings, attention_mask=self.mask).logits
         self.logits.backward(self.upstream)
         self.expected = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+        self.plain = copy.deepcopy(self.model)
         self.leaves = install(lab, self.model)
         self.model.float()
 
@@ -353,6 +357,40 @@ def test_a_loss_without_value(lab):
     assert loss.shape == () and loss.requires_grad and "loss" in repr(loss)
     loss.backward()
     assert relative_error(decrypted(lab, trained.grad), plain.grad) <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_a_stock_peft_model_and_its_loss(make_lab, num_labels):
+    """PeftModel(labels=...).loss.backward() against torch's own loss of the polynomial model; the last two sequences count nothing."""
+    run = Run(make_lab, num_hidden_layers=1, num_labels=num_labels)
+    lab, n = run.lab, run.lab.packing.sequences
+    classes = torch.arange(n) % 2
+    targets = classes if num_labels == 2 else lab.random(n)
+    kept = slice(0, n - 2)
+    run.plain.zero_grad()
+    run.plain(embedding_output=run.embeddings[kept], attention_mask=run.mask[kept], labels=targets[kept]).loss.backward()
+    weights = torch.tensor([1.0 / (n - 2)] * (n - 2) + [0.0] * 2, dtype=torch.float64)
+    loss = CrossEntropy(2, bound=8.0, degree=31) if num_labels == 2 else MeanSquaredError()
+    values = F.one_hot(classes, 2).double() if num_labels == 2 else targets[:, None]
+    labels = encrypted_labels(lab, values, weights, dtype=torch.int64 if num_labels == 2 else torch.float32, loss=loss)
+    found = run.model(embedding_output=lab.encrypt(run.embeddings), attention_mask=lab.encrypt_mask(run.mask.double()), labels=labels)
+    assert found.loss.shape == () and found.logits.shape == (n, num_labels)
+    found.loss.backward()
+    run.expected = {name: p.grad for name, p in run.plain.named_parameters() if p.requires_grad}
+    run.check()
+
+
+def test_a_loss_without_its_polynomials_is_refused(lab):
+    labels = encrypted_labels(lab, lab.random(8, 2), torch.ones(8, dtype=torch.float64))
+    logits = F.linear(lab.encrypt(lab.states())[:, 0], leaf(lab, lab.random(2, 16)))
+    with pytest.raises(UnsupportedEncryptedOperation, match=r"give session\.labels a loss"):
+        F.cross_entropy(logits, labels)
+    with pytest.raises(UnsupportedEncryptedOperation, match="of these labels"):
+        F.mse_loss(logits, labels)
+    with pytest.raises(UnsupportedEncryptedOperation, match="of these labels"):
+        F.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(UnsupportedEncryptedOperation, match="label smoothing"):
+        F.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
 def test_labels(lab):

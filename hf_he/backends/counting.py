@@ -67,13 +67,13 @@ class CountingBackend(HEBackend):
         """A batch [1] at a level's canonical scale."""
         return Ciphertext(None, (1,), level, self.parameters.scale_at(level), self.KEY_ID)
 
-    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext:
         """As a RefreshPolicy: the top level, at the cost of bootstraps where the parameters bootstrap, of a round trip otherwise."""
         top = self.parameters.max_level
         self.refreshes.append((ct.level, ct.count))
         bootstraps = bool(self.parameters.bootstrap_moduli)
         each = BOOTSTRAP_TRANSFORMS if bootstraps else ANSWER_TRANSFORMS
-        self.seconds["refresh"] += ct.count * each * self._transform + (0.0 if bootstraps else ROUND_TRIP_SECONDS)
+        self.seconds["refresh"] += ct.count * each * self._transform * (iterations if bootstraps else 1) + (0.0 if bootstraps else ROUND_TRIP_SECONDS)
         return replace(ct, level=top, scale=self.parameters.scale_at(top))
 
     @property

@@ -157,7 +157,7 @@ class _LocalRefresh:
         self._secret = secret
         self.count, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
 
-    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int) -> Ciphertext:
+    def refresh(self, backend: HEBackend, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext:
         start, cpu = time.perf_counter(), time.process_time()
         fresh = backend.encrypt(backend.decrypt(ct, self._secret), self._secret)
         self.seconds += time.perf_counter() - start

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from hf_he import HEBertConfig, HEBertForSequenceClassification
-from hf_he.autograd import Loss
 from hf_he.backends.native import NativeBackend
 from hf_he.bench.full_finetuning import encrypt_encoder, use_softmax
 from hf_he.bench.pricing import PricedSession, Prices, Units
@@ -182,8 +181,7 @@ def count_full(shape: Shape) -> Work:
     inference = backend.take_units()
     head.install()
     optimizer = backend.take_units()
-    logits = _forward(session, model, fresh)
-    Loss.apply(logits, session.labels(fresh, fresh, 2), make_loss(settings, 2).gradient).backward()
+    _forward(session, model, fresh, session.labels(fresh, fresh, 2, loss=make_loss(settings, 2))).loss.backward()
     gradients = [leaf.grad.ciphertext for leaf in matrices.values()]
     layers = backend.take_units()
     gradient = head.collect(make_optimizer(settings).gradient_gain)
@@ -208,11 +206,11 @@ def _blocks(session: PricedSession, model: nn.Module, fresh: Any) -> Any:
     return replace(fresh, batch_shape=(session.packing.blocks(model.config.hidden_size),))
 
 
-def _forward(session: PricedSession, model: nn.Module, fresh: Any) -> Any:
+def _forward(session: PricedSession, model: nn.Module, fresh: Any, labels: Any = None) -> Any:
     hidden = session.hidden_state(_blocks(session, model, fresh))
-    logits = model(embedding_output=hidden, attention_mask=session.attention_mask(fresh)).logits
-    _ = logits.ciphertext
-    return logits
+    output = model(embedding_output=hidden, attention_mask=session.attention_mask(fresh), labels=labels)
+    _ = output.logits.ciphertext
+    return output
 
 
 def _scaled(units: Units, factor: float) -> Units:

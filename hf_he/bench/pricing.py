@@ -39,9 +39,12 @@ class PricedBackend(CountingBackend):
         self.reset()
         return units
 
-    def refresh(self, backend: Any, ct: Ciphertext, level: int) -> Ciphertext:
-        self.units["refresh", 0 if self.parameters.bootstrap_moduli else ct.level] += ct.count
-        return super().refresh(backend, ct, level)
+    def refresh(self, backend: Any, ct: Ciphertext, level: int, iterations: int = 1) -> Ciphertext:
+        if self.parameters.bootstrap_moduli:
+            self.units["refresh", 0] += ct.count * iterations
+        else:
+            self.units["refresh", ct.level] += ct.count
+        return super().refresh(backend, ct, level, iterations)
 
     def _rotate(self, a: Ciphertext, steps: Sequence[int]) -> None:
         moving = sum(1 for s in steps if s)

@@ -147,9 +147,10 @@ class EncryptedAdapter:
     def install(self) -> None:
         """Put the weights into the model as leaves of autograd, replacing its parameters and earlier leaves with their gradients.
 
-        The dense ciphertexts are refreshed first unless they are at the top: that is cheap, and every level of the weights is used.
+        The dense ciphertexts are refreshed first unless they are at the top: that is cheap, and every level of the weights is used. A bootstrap takes
+        two iterations: the errors of all steps add up in the weights.
         """
-        self._dense = self.session.ensure_level(self._dense, self.session.top)
+        self._dense = self.session.ensure_level(self._dense, self.session.top, iterations=2)
         periodic = spread(self.session, self._dense, self.layout)
         backend = self.session.backend
         for name, shape in self.layout.shapes.items():

@@ -101,8 +101,9 @@ class EncryptedTrainingArguments(TrainingArguments):
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * -(-rows // self.per_device_train_batch_size)))
 
-    def settings(self, rows: int, divisor: float, eps: float, loss_bound: float) -> TrainingSettings:
-        """What the server is told; the numbers are used where the arguments leave theirs open. Raises ParameterError for values that make no sense."""
+    def settings(self, rows: int, divisor: float, eps: float, loss_bound: float, loss_scale: float = 1.0) -> TrainingSettings:
+        """What the server is told; the numbers are used where the arguments leave theirs open, `loss_scale` with bootstrapping only. Raises
+        ParameterError for values that make no sense."""
         steps = self.total_steps(rows)
         return TrainingSettings(
             rank=self.lora_rank,
@@ -120,6 +121,7 @@ class EncryptedTrainingArguments(TrainingArguments):
             divisor=float(divisor if self.divisor is None else self.divisor),
             weight_decay=float(self.weight_decay),
             loss_bound=float(loss_bound if self.loss_bound is None else self.loss_bound),
+            loss_scale=float(loss_scale if self.refresh == "bootstrap" else 1.0),
             optimizer_location=self.optimizer_location,
             loss_location=self.loss_location,
             public_padding_mask=self.public_padding_mask,

@@ -123,7 +123,7 @@ class TrainingClient:
         mask = None if public else self._encrypted(np.stack([pack_attention_mask(masks[rows], packing, self.client.mask_power) for rows in filled]))
         lengths = np.stack([masks[rows][np.arange(lanes) % len(rows)] for rows in filled]).astype(bool) if public else None
         targets = [self._targets([labels[row] for row in chunk]) for chunk in chunks]
-        weights = [self.on_first_tokens(np.ones((len(chunk), self.num_labels))) for chunk in chunks]
+        weights = [self.on_first_tokens(np.full((len(chunk), self.num_labels), self.settings.loss_scale)) for chunk in chunks]
         return TrainingStep(
             self.client.identity,
             self.run,
@@ -158,8 +158,9 @@ class TrainingClient:
         return Answers(self, step, rows, labels)
 
     def loss_gradient(self, logits: np.ndarray, labels: Sequence[float]) -> np.ndarray:
-        """[n, K] gradient of the summed loss: softmax minus one-hot, or twice the difference of a regression."""
-        return _softmax(logits) - self._targets(labels) if self.num_labels > 1 else 2.0 * (logits - self._targets(labels))
+        """[n, K] loss_scale times the gradient of the summed loss: softmax minus one-hot, or twice the difference of a regression."""
+        gradient = _softmax(logits) - self._targets(labels) if self.num_labels > 1 else 2.0 * (logits - self._targets(labels))
+        return self.settings.loss_scale * gradient
 
     def learning_rate(self, step: int) -> float:
         """The public rate of a step."""

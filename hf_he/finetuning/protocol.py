@@ -41,7 +41,8 @@ class TrainingSettings:
     """The public half of a run: what the server computes with, and therefore learns. Raises ParameterError for a value that makes no sense.
 
     `steps` is the length of the schedule, `sequences` the number of examples in a full step. `eps` and `divisor` are those of
-    hf_he.finetuning.optimizer, `loss_bound` and `loss_degree` those of the softmax in hf_he.finetuning.loss. `optimizer_location` and
+    hf_he.finetuning.optimizer, `loss_bound` and `loss_degree` those of the softmax in hf_he.finetuning.loss. The client multiplies the sequences'
+    weights by `loss_scale`, and packing the gradient divides by it: between them gradients are large beside the error of a bootstrap. `optimizer_location` and
     `loss_location` are "server" or "client"; with `public_padding_mask` the lengths of the texts are sent in the clear.
     """
 
@@ -61,6 +62,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     loss_bound: float = 12.0
     loss_degree: int = 15
+    loss_scale: float = 1.0
     optimizer_location: str = "server"
     loss_location: str = "server"
     public_padding_mask: bool = False
@@ -77,6 +79,7 @@ class TrainingSettings:
             "rank": (1, 64), "steps": (1, MAX_STEPS), "sequences": (1, 65536), "warmup_steps": (0, MAX_STEPS), "learning_rate": (1e-9, 100.0),
             "momentum": (0.0, 0.9999), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.999999), "eps": (1e-12, 1e6), "divisor": (1e-9, 1e9),
             "weight_decay": (0.0, 0.9999), "loss_bound": (1.0, 100.0), "loss_degree": (3, 127),
+            "loss_scale": (1.0, 2.0**16),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
 
     calibrated = range(1, min(args.calibration_steps, order.steps_per_epoch) + 1)
     found = calibrate(model, tokenizer, train, draft, [rows(number) for number in calibrated], args.seed)
-    settings = args.settings(len(train), divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
+    settings = args.settings(len(train), **asdict(found))
     before = evaluate_model(load_classifier(model), tokenizer, dev).score
     twin = twin_run(model, tokenizer, train, settings, rows, settings.steps, args.seed)
     twin.model.save_pretrained(Path(args.output_dir) / "adapter")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_he.autograd import Loss
 from hf_he.backends import Ciphertext
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
@@ -94,19 +93,20 @@ class TrainingRun:
         With `ask` the loss gradient with respect to the logits comes from there instead of from the encrypted labels.
         """
         session = self.session
-        mask = session.attention_mask(self._mask(batch))
-        logits = self.model(embedding_output=session.hidden_state(batch.embeddings), attention_mask=mask).logits
+        inputs = {"embedding_output": session.hidden_state(batch.embeddings), "attention_mask": session.attention_mask(self._mask(batch))}
         if ask is None:
-            labels = session.labels(batch.labels, batch.sequence_weights, self.num_labels)
-            Loss.apply(logits, labels, self.loss.gradient).backward()
+            dtype = torch.float32 if self.num_labels == 1 else torch.int64
+            output = self.model(**inputs, labels=session.labels(batch.labels, batch.sequence_weights, self.num_labels, dtype, self.loss))
+            output.loss.backward()
         else:
-            gradient = state_tensor(Operand(session, self.num_labels, ask(logits.ciphertext), pooled=True))
-            torch.autograd.backward([logits], [gradient])
-        return logits.ciphertext
+            output = self.model(**inputs)
+            gradient = state_tensor(Operand(session, self.num_labels, ask(output.logits.ciphertext), pooled=True))
+            torch.autograd.backward([output.logits], [gradient])
+        return output.logits.ciphertext
 
     def gradient(self, sequences: int) -> Ciphertext:
         """gradient_gain times the dense gradient [count] of the mean loss over `sequences` examples, out of the micro-batches since `prepare`."""
-        return self.adapter.collect(self.optimizer.gradient_gain / sequences)
+        return self.adapter.collect(self.optimizer.gradient_gain / (sequences * self.settings.loss_scale))
 
     def forget(self) -> None:
         """Drop the gradients of an unfinished step."""

@@ -190,16 +190,16 @@ class EncryptedTrainer:
 
         args, rows = self.args, len(self.train_dataset)
         draft = args.settings(rows, divisor=1.0, eps=0.02, loss_bound=12.0)
-        if None not in (args.divisor, args.eps, args.loss_bound):
+        if None not in (args.divisor, args.eps, args.loss_bound) and args.refresh != "bootstrap":
             return draft
         steps = range(1, min(args.calibration_steps, self.order.steps_per_epoch) + 1)
         self._announce(f"Calibrating on the examples of {len(steps)} steps in the clear")
         batches = [accepted(client, self.train_dataset, self.order.step(number))[0] for number in steps]
         found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed)
-        return args.settings(rows, divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
+        return args.settings(rows, **asdict(found))
 
     def _check_settings(self, settings: TrainingSettings, rows: int) -> None:
-        asked = self.args.settings(rows, divisor=settings.divisor, eps=settings.eps, loss_bound=settings.loss_bound)
+        asked = self.args.settings(rows, settings.divisor, settings.eps, settings.loss_bound, settings.loss_scale)
         for entry in fields(TrainingSettings):
             now, then = getattr(asked, entry.name), getattr(settings, entry.name)
             if now != then:

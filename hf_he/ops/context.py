@@ -59,8 +59,9 @@ class OperationContext:
         """The planned levels of a submodule, if any."""
         return self._levels.get(id(module))
 
-    def ensure_level(self, ct: Ciphertext, depth: int) -> Ciphertext:
-        """`ct`, refreshed when fewer than `depth` levels are left. Raises LevelError when no refresh can give that many."""
+    def ensure_level(self, ct: Ciphertext, depth: int, iterations: int = 1) -> Ciphertext:
+        """`ct`, refreshed when fewer than `depth` levels are left, by bootstraps of so many iterations. Raises LevelError when no refresh can give
+        that many."""
         if ct.level >= depth:
             return ct
         if depth > self.top:
@@ -68,7 +69,7 @@ class OperationContext:
         if self.refresh is None:
             raise LevelError(f"{depth} levels are needed and {ct.level} are left: give the session a refresh policy")
         with self.backend.log.measure("refresh"):
-            return self.refresh.refresh(self.backend, ct, depth)
+            return self.refresh.refresh(self.backend, ct, depth, iterations)
 
     def ensure_levels(self, wanted: Sequence[tuple[Ciphertext, int]]) -> list[Ciphertext]:
         """Each (ciphertext, depth) with at least that many levels; those that fall short are refreshed in one batch. Errors of `ensure_level`."""

@@ -54,6 +54,12 @@ class TestTokens:
     def test_divided_weights(self, tmp_path, kernel):
         Rig(tmp_path, kernel).check()
 
+    @pytest.mark.parametrize("kernel", ["gaussian", "power"])
+    def test_grouped_heads_rms_norm_and_full_rotary(self, tmp_path, kernel):
+        rig = Rig(tmp_path, kernel, architecture="llama", num_hidden_layers=2, seed=2)
+        tokens = rig.check(["the old sea ship", "wind"], new=3)
+        assert len({tuple(row) for row in tokens[:, -3:].tolist()}) == 2
+
     def test_two_layers_one_after_the_other(self, tmp_path):
         Rig(tmp_path, num_hidden_layers=2, use_parallel_residual=False).check(new=3)
 

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM, RangeTracker
+from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM, HELlamaConfig, HELlamaForCausalLM, RangeTracker
 
 WORDS = [
     "<eos>", "<unk>", "the", "a", "old", "sea", "ship", "wind", "sailed", "sank", "rose", "and", "to", "on", "by", "night",
@@ -20,14 +20,21 @@ KERNELS = {
 }
 
 
-def tiny_decoder(kernel: str = "gaussian", length: int = 16, seed: int = 0, **overrides) -> HEGPTNeoXForCausalLM:
+ARCHITECTURES = {
+    "neox": (HEGPTNeoXConfig, HEGPTNeoXForCausalLM, {"num_attention_heads": 2, "rotary_pct": 0.5}),
+    "llama": (HELlamaConfig, HELlamaForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+}
+
+
+def tiny_decoder(
+    kernel: str = "gaussian", length: int = 16, seed: int = 0, architecture: str = "neox", **overrides
+) -> HEGPTNeoXForCausalLM | HELlamaForCausalLM:
     """Hidden size 16, one layer unless told otherwise; the fitted ranges hold for sequences of up to `length` tokens, with a margin."""
     torch.manual_seed(seed)
-    settings = {"num_hidden_layers": 1, "intermediate_size": 32, "rotary_pct": 0.5, "initializer_range": 0.4} | KERNELS[kernel] | overrides
-    config = HEGPTNeoXConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, **settings
-    )
-    model = HEGPTNeoXForCausalLM(config).eval()
+    config_class, model_class, own = ARCHITECTURES[architecture]
+    settings = {"num_hidden_layers": 1, "intermediate_size": 32, "initializer_range": 0.4} | own | KERNELS[kernel] | overrides
+    config = config_class(vocab_size=len(WORDS), hidden_size=16, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, **settings)
+    model = model_class(config).eval()
     tokens = torch.randint(0, config.vocab_size, (64, length))
     with torch.no_grad(), RangeTracker(model) as tracker:
         model(tokens)
