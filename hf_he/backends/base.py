@@ -254,6 +254,10 @@ class HEBackend(Adapter):
             payload = self._rescale(a)
         return replace(a, payload=payload, level=a.level - 1, scale=a.scale / self.parameters.moduli[a.level])
 
+    def relinearize_rescale(self, a: Ciphertext) -> Ciphertext:
+        """`rescale(relinearize(a))`, in one step where the backend has one: cheaper, and rounded once."""
+        return self.rescale(self.relinearize(a))
+
     def drop_level(self, a: Ciphertext, level: int) -> Ciphertext:
         """Forget limbs down to `level`; the scale stays what it was (use `match_level` for a canonical result)."""
         if not 0 <= level <= a.level:

@@ -185,6 +185,16 @@ class NativeBackend(HEBackend):
     def _relinearize(self, a: Ciphertext) -> Residues:
         return Residues(self._evaluator.relinearize(a.payload.values, self._keys))
 
+    def relinearize_rescale(self, a: Ciphertext) -> Ciphertext:
+        """One division by the special moduli and the last modulus together; logged as the two operations it stands for."""
+        if a.components == 2 or a.level < 1:
+            return super().relinearize_rescale(a)
+        self._keys_for(a)
+        with self.log.primitive("relinearize", a.level, a.count):
+            payload = Residues(self._evaluator.relinearize_rescale(a.payload.values, self._keys))
+        with self.log.primitive("rescale", a.level, a.count):
+            return replace(a, payload=payload, level=a.level - 1, scale=a.scale / self.parameters.moduli[a.level], components=2)
+
     def _rescale(self, a: Ciphertext) -> Residues:
         return Residues(self._evaluator.rescale(a.payload.values))
 

@@ -101,7 +101,7 @@ def _primitives(backend: NativeBackend, secret: Any) -> dict[str, Operation]:
     return {
         names.ROTATE: Operation(lambda: backend.rotate(a, (1,)), error(rotated[:1])),
         names.HOISTED: Operation(lambda: backend.rotate(a, names.HOISTED_STEPS), error(rotated)),
-        names.MULTIPLY: Operation(lambda: backend.rescale(backend.relinearize(backend.multiply(a, b))), error(values[0] * values[1])),
+        names.MULTIPLY: Operation(lambda: backend.relinearize_rescale(backend.multiply(a, b)), error(values[0] * values[1])),
     }
 
 

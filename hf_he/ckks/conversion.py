@@ -2,7 +2,8 @@
 
 A ciphertext at level l has `limbs` = l + 1 rows; rows limbs..limbs+K-1 of the extended basis are the special moduli, at positions
 `offset` further on in the chain. Digit j is the limbs j*alpha..(j+1)*alpha-1 that are present at this level.
-ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P.
+ModUp of a digit is the exact centred lift of y mod Q_j (up to a tie, which costs one Q_j: harmless); ModDown rounds by P, or by P times the last
+limb's modulus: relinearisation and rescaling in one division.
 
 Both halves of a key are stored [modulus][N/8][digit][8], residues packed in 4, 6 or 7 bytes: two sequential streams per modulus, in memory or in
 a mapped file. Keys are pulled back through their automorphism, so that the inner product runs on the un-rotated digits and one gather at the end
@@ -37,6 +38,11 @@ class SwitchTables(NamedTuple):
     special_factor: np.ndarray  # [L, 2]: P mod q
     special_inverse: np.ndarray  # [L, 2]: P^-1 mod q
     last_inverse: np.ndarray  # [L, L, 2]: q_l^-1 mod q_k
+    both_moduli: np.ndarray  # [L, K + 1, 2]: the special moduli and q_l, with inverses
+    both_scale: np.ndarray  # [L, K + 1, 2]: as special_scale, for P*q_l
+    both_weight: np.ndarray  # [L, M, K + 1]
+    both_modulus: np.ndarray  # [L, M]
+    both_inverse: np.ndarray  # [L, L, 2]: (P*q_l)^-1 mod q_k
     shifts: np.ndarray  # [M, 4]: 2^50 mod m with quotient, 2^25 mod m with quotient
     widths: np.ndarray  # [M]: bytes per packed residue of a key
 
@@ -58,7 +64,7 @@ class Scratch(NamedTuple):
     coefficients: np.ndarray  # [L, N + PAD]
     extended: np.ndarray  # [dnum * M, N + PAD], half transformed, later transformed
     accumulators: np.ndarray  # [2 * M, N + PAD]
-    special: np.ndarray  # [2 * K, N + PAD]
+    special: np.ndarray  # [2 * (K + 1), N + PAD]
     lifted: np.ndarray  # [2 * L, N + PAD], half transformed
 
 
@@ -76,6 +82,11 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
         np.zeros(total),
         np.zeros((count, 2)),
         np.zeros((count, 2)),
+        np.zeros((count, count, 2)),
+        np.zeros((count, extra + 1, 2)),
+        np.zeros((count, extra + 1, 2)),
+        np.zeros((count, total, extra + 1)),
+        np.zeros((count, total)),
         np.zeros((count, count, 2)),
         np.zeros((total, 4)),
         np.array([packed_width(m) for m in chain]),
@@ -105,6 +116,15 @@ def make_switch_tables(moduli: tuple[int, ...], special: tuple[int, ...], alpha:
         tables.special_inverse[k] = pair(pow(p, -1, q), q)
         for last in range(k + 1, count):
             tables.last_inverse[last, k] = pair(pow(moduli[last], -1, q), q)
+    for last, q in enumerate(moduli):
+        both = (*special, q)
+        for i, m in enumerate(both):
+            tables.both_moduli[last, i] = m, 1 / m
+            tables.both_scale[last, i] = pair(pow(p * q // m, -1, m), m)
+            tables.both_weight[last, :, i] = [centred(p * q // m, other) for other in chain]
+        tables.both_modulus[last] = [centred(p * q, m) for m in chain]
+        for k in range(last):
+            tables.both_inverse[last, k] = pair(pow(p * q, -1, moduli[k]), moduli[k])
     for k, m in enumerate(chain):
         tables.shifts[k] = *pair(1 << 50, m), *pair(1 << 25, m)
     return tables
@@ -116,26 +136,25 @@ def make_scratch(ring_degree: int, limbs: int, special: int, alpha: int, column_
     dnum, total = -(-limbs // alpha), limbs + special
     return Scratch(
         np.zeros((threads, column_block + PAD)),
-        np.zeros((threads, (max(alpha, special) + 1) * column_block + PAD)),
+        np.zeros((threads, (max(alpha, special + 1) + 1) * column_block + PAD)),
         np.zeros((threads, 2 * row)),
         np.zeros((limbs, row)),
         np.zeros((dnum * total, row)),
         np.zeros((2 * total, row)),
-        np.zeros((2 * special, row)),
+        np.zeros((2 * (special + 1), row)),
         np.zeros((2 * limbs, row)),
     )
 
 
 @kernel
-def scale_block(x, first, scale, moduli, first_modulus, start, size, s):
-    """`size` coefficients from `start` of rows x[first..]: y_i = x_i * scale_i and, after them, v = rint(sum y_i / q_i), into s."""
+def scale_block(x, first, scale, moduli, start, size, s):
+    """`size` coefficients from `start` of rows x[first..], row i modulo moduli[i]: y_i = x_i * scale_i and, after them, v = rint(sum y_i / q_i), into s."""
     count = scale.shape[0]
     for c in range(0, size, 8):
         v = sp(0.0)
         for i in range(count):
-            k = first_modulus + i
-            y = mm(ld(x[first + i], start + c), sp(scale[i, 0]), sp(scale[i, 1]), sp(moduli[k, 0]))
-            v = fma(y, sp(moduli[k, 1]), v)
+            y = mm(ld(x[first + i], start + c), sp(scale[i, 0]), sp(scale[i, 1]), sp(moduli[i, 0]))
+            v = fma(y, sp(moduli[i, 1]), v)
             st(s, i * size + c, y)
         st(s, count * size + c, round_mul(v, sp(1.0)))
 
@@ -144,7 +163,7 @@ def scale_block(x, first, scale, moduli, first_modulus, start, size, s):
 def convert_block(s, count, weights, modulus, q0, qi0, u, size):
     """u = sum_i y_i * w_i - v * modulus mod q, reduced.
 
-    |y_i| <= 0.6 * 2^50 and |w_i| <= q/2: every product is exact and within 0.6 q; with count <= 8, |v| <= 5 and the sum is below 7.3 q < 2^53.
+    |y_i| <= 0.6 * 2^50 and |w_i| <= q/2: every product is exact and within 0.6 q; with count <= 9, |v| <= 5 and the sum is below 7.9 q < 2^53.
     """
     q = sp(q0)
     qi = sp(qi0)

@@ -283,19 +283,21 @@ class Evaluator:
             raise MissingKeyError(f"a key does not reach ciphertexts of {limbs} limbs: generate the evaluation keys for the levels they are used at")
         return index
 
-    def _switch(self, a: np.ndarray, source: int, addends: int, keys: SwitchingKeys, elements: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """[len(elements), B, 2, L, N], into `out` if given; element 1 stands for relinearisation."""
+    def _switch(
+        self, a: np.ndarray, source: int, addends: int, keys: SwitchingKeys, elements: Sequence[int], out: np.ndarray | None = None, dropped: int = 0
+    ) -> np.ndarray:
+        """[len(elements), B, 2, L - dropped, N], into `out` if given; element 1 stands for relinearisation."""
         context = self.context
         flat = _flat(a)
         if out is None:
-            out = empty(len(elements), flat.shape[0], 2, *flat.shape[2:])
+            out = empty(len(elements), flat.shape[0], 2, flat.shape[2] - dropped, flat.shape[3])
         index = self._key_index(keys, elements, 0, flat.shape[2])
         if elements[0] == 1:
             permutations = np.empty((1, 0), dtype=np.int32)
         else:
             permutations = np.stack([context.permutation(g) for g in elements])
         keyswitch.switch_hoisted(
-            flat, source, addends, keys.table, index, permutations, out, context.alpha, context.limbs - flat.shape[2],
+            flat, source, addends, dropped, keys.table, index, permutations, out, context.alpha, context.limbs - flat.shape[2],
             context.tables, context.switch, context.scratch, context.threads,
         )  # fmt: skip
         return out
@@ -304,6 +306,11 @@ class Evaluator:
     def relinearize(self, a: np.ndarray, keys: SwitchingKeys) -> np.ndarray:
         """3 components to 2."""
         return self._switch(a, 2, 2, keys, [1])[0].reshape(*a.shape[:-3], 2, *a.shape[-2:])
+
+    @_exclusive
+    def relinearize_rescale(self, a: np.ndarray, keys: SwitchingKeys) -> np.ndarray:
+        """3 components to 2, divided by the last modulus, rounded: one limb less and one division instead of two."""
+        return self._switch(a, 2, 2, keys, [1], dropped=1)[0].reshape(*a.shape[:-3], 2, a.shape[-2] - 1, a.shape[-1])
 
     @_exclusive
     def switch_key(self, a: np.ndarray, key: SwitchingKeys) -> np.ndarray:

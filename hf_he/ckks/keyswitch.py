@@ -33,7 +33,7 @@ def mod_up(source, alpha, offset, tables, switch, scratch, threads):
             j = task % dnum
             first = j * alpha
             count = min(alpha, limbs - first)
-            scale_block(scratch.coefficients, first, switch.digit_scale[j, count - 1, :count], tables.moduli, first, c * size, size, s)
+            scale_block(scratch.coefficients, first, switch.digit_scale[j, count - 1, :count], tables.moduli[first:], c * size, size, s)
             for r in range(rows):
                 if first <= r < first + count:
                     continue
@@ -63,10 +63,10 @@ def _digit_rows(source, r, alpha, offset, tables, scratch):
 
 
 @kernel(parallel=True)
-def _lift(limbs, offset, tables, switch, scratch, threads):
-    """Both components' special rows (coefficients, scratch.special) to the ciphertext moduli: scratch.lifted[h*limbs + k], half transformed."""
-    extra = tables.moduli.shape[0] - offset - limbs
-    first = limbs + offset
+def _lift(limbs, dropped, moduli, scale, weight, modulus, tables, scratch, threads):
+    """Both components' rows to divide by (coefficients, scratch.special) to the limbs that are kept: scratch.lifted[h*kept + k], half transformed."""
+    extra = moduli.shape[0]
+    kept = limbs - dropped
     n1 = tables.roots1.shape[2]
     n2 = tables.roots2.shape[3]
     size = n1 * COLUMNS
@@ -77,17 +77,17 @@ def _lift(limbs, offset, tables, switch, scratch, threads):
         for task in range(t * 2 * blocks // threads, (t + 1) * 2 * blocks // threads):
             h = task // blocks
             c = task % blocks
-            scale_block(scratch.special, h * extra, switch.special_scale, tables.moduli, first, c * size, size, s)
-            for k in range(limbs):
+            scale_block(scratch.special, h * extra, scale, moduli, c * size, size, s)
+            for k in range(kept):
                 q = tables.moduli[k, 0]
                 qi = tables.moduli[k, 1]
-                convert_block(s, extra, switch.special_weight[k], switch.special_modulus[k], q, qi, u, size)
-                forward_first(u, c, scratch.lifted[h * limbs + k], tables.roots1[k], q, qi, n1, n2)
+                convert_block(s, extra, weight[k], modulus[k], q, qi, u, size)
+                forward_first(u, c, scratch.lifted[h * kept + k], tables.roots1[k], q, qi, n1, n2)
 
 
 @kernel
-def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, permutation, out):
-    """out = automorphism((accumulator - NTT(lifted)) / P + addend). The difference is within 2.5 q.
+def _divide_row(accumulator, lifted, k, tables, inverse, u, addend, use_addend, factor, permutation, out):
+    """out = automorphism((accumulator - NTT(lifted)) * inverse + addend * factor), a factor of 0 standing for 1. The difference is within 2.5 q.
 
     An automorphism takes whole blocks of COLUMNS columns to whole blocks, so that every gather reads a block in L1.
     """
@@ -98,8 +98,11 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
     qi0 = tables.moduli[k, 1]
     q = sp(q0)
     qi = sp(qi0)
-    w = sp(switch.special_inverse[k, 0])
-    wi = sp(switch.special_inverse[k, 1])
+    w = sp(inverse[0])
+    wi = sp(inverse[1])
+    f = sp(factor[0])
+    fi = sp(factor[1])
+    scaling = factor[0] != 0.0
     moving = permutation.size > 0
     for o in range(0, n, block):
         source = o
@@ -109,7 +112,10 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
         for c in range(0, block, 8):
             z = mm(sub(ld(accumulator, source + c), ld(u, c)), w, wi, q)
             if use_addend:
-                z = add(z, ld(addend, source + c))
+                a = ld(addend, source + c)
+                if scaling:
+                    a = mm(a, f, fi, q)
+                z = add(z, a)
             z = red(z, q, qi)
             if moving:
                 st(u, c, z)
@@ -121,26 +127,45 @@ def _divide_row(accumulator, lifted, k, tables, switch, u, addend, use_addend, p
 
 
 @kernel
-def _special_rows(c, first, t, keys, key, alpha, offset, tables, switch, scratch, threads):
-    """Thread t's share of the special rows: digits (on the first step), inner product with the key, inverse transform."""
-    limbs, row = c.shape[0], c.shape[1] + PAD
+def _add_scaled(x, w0, wi0, y, q0, qi0, out, n):
+    """out = y + x * w, reduced."""
+    q = sp(q0)
+    qi = sp(qi0)
+    w = sp(w0)
+    wi = sp(wi0)
+    for c in range(0, n, 8):
+        st(out, c, red(add(ld(y, c), mm(ld(x, c), w, wi, q)), q, qi))
+
+
+@kernel
+def _special_rows(c, source, first, dropped, t, keys, key, alpha, offset, tables, switch, scratch, threads):
+    """Thread t's share of the special rows, and the last limb's if `dropped`: digits (on the first step), inner product with the key, inverse transform."""
+    limbs, n = c.shape[1], c.shape[2]
+    row = n + PAD
     rows = tables.moduli.shape[0] - offset
     digits = scratch.extended.reshape(scratch.extended.size)
     x0 = scratch.pair[t, 0:row]
     x1 = scratch.pair[t, row : 2 * row]
-    for r in range(limbs + t, rows, threads):
-        k = r + offset
+    extra = rows - limbs + dropped
+    for i in range(t, extra, threads):
+        r = limbs + i if i < rows - limbs else limbs - 1
+        k = r if r < limbs else r + offset
+        q = tables.moduli[k, 0]
+        qi = tables.moduli[k, 1]
         if first:
-            _digit_rows(c, r, alpha, offset, tables, scratch)
+            _digit_rows(c[source], r, alpha, offset, tables, scratch)
         dnum = (limbs + alpha - 1) // alpha
-        inner_product(digits, r * row, rows * row, dnum, keys, key, k, switch.widths[k], x0, x1, tables.moduli[k, 0], tables.moduli[k, 1], c.shape[1])
-        inverse(x0, scratch.special[r - limbs], scratch.block[t], tables, k)
-        inverse(x1, scratch.special[rows - 2 * limbs + r], scratch.block[t], tables, k)
+        inner_product(digits, r * row, rows * row, dnum, keys, key, k, switch.widths[k], x0, x1, q, qi, n)
+        if r < limbs:
+            _add_scaled(c[0, r], switch.special_factor[r, 0], switch.special_factor[r, 1], x0, q, qi, x0, n)
+            _add_scaled(c[1, r], switch.special_factor[r, 0], switch.special_factor[r, 1], x1, q, qi, x1, n)
+        inverse(x0, scratch.special[i], scratch.block[t], tables, k)
+        inverse(x1, scratch.special[extra + i], scratch.block[t], tables, k)
 
 
 @kernel
-def _ciphertext_rows(c, source, addends, first, t, keys, key, permutation, out, alpha, offset, tables, switch, scratch, threads):
-    """Thread t's share of the ciphertext rows: digits (on the first step), inner product, division by P, addends, rotation."""
+def _ciphertext_rows(c, source, addends, first, dropped, t, keys, key, permutation, out, alpha, offset, tables, switch, scratch, threads):
+    """Thread t's share of the rows that are kept: digits (on the first step), inner product, division, addends, rotation."""
     limbs, n = c.shape[1], c.shape[2]
     row = n + PAD
     rows = tables.moduli.shape[0] - offset
@@ -148,20 +173,24 @@ def _ciphertext_rows(c, source, addends, first, t, keys, key, permutation, out, 
     y0 = scratch.pair[t, 0:row]
     y1 = scratch.pair[t, row : 2 * row]
     u = scratch.block[t]
-    for k in range(t, limbs, threads):
+    kept = limbs - dropped
+    inverses = switch.both_inverse[kept] if dropped else switch.special_inverse
+    factors = switch.last_inverse[kept] if dropped else switch.last_inverse[0]
+    for k in range(t, kept, threads):
         if first:
             _digit_rows(c[source], k, alpha, offset, tables, scratch)
         dnum = (limbs + alpha - 1) // alpha
         inner_product(digits, k * row, rows * row, dnum, keys, key, k, switch.widths[k], y0, y1, tables.moduli[k, 0], tables.moduli[k, 1], n)
-        _divide_row(y0, scratch.lifted[k], k, tables, switch, u, c[0, k], addends > 0, permutation, out[0, k])
-        _divide_row(y1, scratch.lifted[limbs + k], k, tables, switch, u, c[1, k], addends > 1, permutation, out[1, k])
+        _divide_row(y0, scratch.lifted[k], k, tables, inverses[k], u, c[0, k], addends > 0, factors[k], permutation, out[0, k])
+        _divide_row(y1, scratch.lifted[kept + k], k, tables, inverses[k], u, c[1, k], addends > 1, factors[k], permutation, out[1, k])
 
 
 @kernel(parallel=True)
-def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha, offset, tables, switch, scratch, threads):
-    """Switch component `source` of c [B, C, limbs, N] with several keys: out [S, B, 2, limbs, N].
+def switch_hoisted(c, source, addends, dropped, keys, key_index, permutations, out, alpha, offset, tables, switch, scratch, threads):
+    """Switch component `source` of c [B, C, limbs, N] with several keys: out [S, B, 2, limbs - dropped, N].
 
-    Component h < addends of c is added to component h of the result, then permutations [S, N] ([S, 0]: none) rotate it. The special rows come first,
+    Component h < addends of c is added to component h of the result, then permutations [S, N] ([S, 0]: none) rotate it. `dropped` = 1, with both
+    addends, divides by the last limb's modulus as well: a rescaling for 2 * limbs transforms less. The special rows come first,
     so that a ciphertext row goes from its inner product through division and rotation to its place while it is in cache.
     """
     limbs = c.shape[2]
@@ -170,10 +199,19 @@ def switch_hoisted(c, source, addends, keys, key_index, permutations, out, alpha
         for step in range(key_index.size):
             key, permutation, first = key_index[step], permutations[step], step == 0
             for t in prange(threads):
-                _special_rows(c[b, source], first, t, keys, key, alpha, offset, tables, switch, scratch, threads)
-            _lift(limbs, offset, tables, switch, scratch, threads)
+                _special_rows(c[b], source, first, dropped, t, keys, key, alpha, offset, tables, switch, scratch, threads)
+            if dropped:
+                last = limbs - 1
+                _lift(
+                    limbs, 1, switch.both_moduli[last], switch.both_scale[last], switch.both_weight[last], switch.both_modulus[last], tables, scratch, threads
+                )
+            else:
+                special = tables.moduli[limbs + offset :]
+                _lift(limbs, 0, special, switch.special_scale, switch.special_weight, switch.special_modulus, tables, scratch, threads)
             for t in prange(threads):
-                _ciphertext_rows(c[b], source, addends, first, t, keys, key, permutation, out[step, b], alpha, offset, tables, switch, scratch, threads)
+                _ciphertext_rows(
+                    c[b], source, addends, first, dropped, t, keys, key, permutation, out[step, b], alpha, offset, tables, switch, scratch, threads
+                )
 
 
 @kernel
@@ -184,17 +222,6 @@ def _accumulate(x, permutation, out, first):
         if not first:
             z = add(z, ld(out, c))
         st(out, c, z)
-
-
-@kernel
-def _add_scaled(x, w0, wi0, y, q0, qi0, out, n):
-    """out = y + x * w, reduced."""
-    q = sp(q0)
-    qi = sp(qi0)
-    w = sp(w0)
-    wi = sp(wi0)
-    for c in range(0, n, 8):
-        st(out, c, red(add(ld(y, c), mm(ld(x, c), w, wi, q)), q, qi))
 
 
 @kernel(parallel=True)
@@ -241,14 +268,14 @@ def switch_sum(c, keys, key_index, permutations, out, alpha, offset, tables, swi
                         if g == groups - 1 and r >= limbs:
                             inverse(a0, scratch.special[r - limbs], scratch.block[t], tables, k)
                             inverse(a1, scratch.special[extra + r - limbs], scratch.block[t], tables, k)
-        _lift(limbs, offset, tables, switch, scratch, threads)
+        _lift(limbs, 0, tables.moduli[limbs + offset :], switch.special_scale, switch.special_weight, switch.special_modulus, tables, scratch, threads)
         for t in prange(threads):
             for i in range(t, 2 * limbs, threads):
                 h = i // limbs
                 k = i % limbs
                 _divide_row(
-                    scratch.accumulators[h * rows + k], scratch.lifted[i], k, tables, switch, scratch.block[t],
-                    out[b, h, k], False, permutations[0, :0], out[b, h, k],
+                    scratch.accumulators[h * rows + k], scratch.lifted[i], k, tables, switch.special_inverse[k], scratch.block[t],
+                    out[b, h, k], False, switch.special_inverse[k], permutations[0, :0], out[b, h, k],
                 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from numba import prange
 
 from hf_he.ckks.jit import kernel
 from hf_he.ckks.number_theory import powers, primitive_root_of_unity
-from hf_he.ckks.vector import add, ld, mm, red, sp, st, sub, transpose8
+from hf_he.ckks.vector import add, ld, mm, mul, red, sp, st, sub, transpose8
 
 COLUMNS = 16
 PAD = 64
@@ -26,16 +26,16 @@ PAD = 64
 
 
 class NTTTables(NamedTuple):
-    """Per modulus k: q, 1/q; roots of the two column transforms and twists, each as forward w, w/q, inverse v, v/q (the inverse twists with 1/N).
+    """Per modulus k: q, 1/q; roots of the two column transforms (forward w, w/q, inverse v, v/q); twists (forward, inverse with 1/N).
 
     The twist of column c, row r is psi^(r * (2*rev(c) + 1)). What the columns of one block share of it is part of that block's roots, the rest is
-    the same for every block: N/4 + 64 n2 doubles in all, which stay in L2 where a table of N would not.
+    the same for every block: N/4 + 32 n2 doubles in all, which stay in cache where a table of N would not.
     """
 
     moduli: np.ndarray  # [M, 2]
     roots1: np.ndarray  # [M, 4, n1]
     roots2: np.ndarray  # [M, n1/COLUMNS, 4, n2]
-    twists: np.ndarray  # [M, 4, n2*COLUMNS]
+    twists: np.ndarray  # [M, 2, n2*COLUMNS]
 
 
 def split_degree(ring_degree: int) -> tuple[int, int]:
@@ -87,15 +87,16 @@ def make_tables(ring_degree: int, moduli: tuple[int, ...]) -> NTTTables:
     shared = 2 * bit_reversal(blocks)[:, None] + 1
     first, second = n2 * rev1, (n1 * (rev2 - strides) + strides * shared) % order
     twist = (np.arange(n2)[:, None] * bit_reversal(COLUMNS) * (n1 // (COLUMNS // 2)) % order).reshape(-1)
-    tables = NTTTables(np.zeros((count, 2)), np.zeros((count, 4, n1)), np.zeros((count, blocks, 4, n2)), np.zeros((count, 4, n2 * COLUMNS)))
+    tables = NTTTables(np.zeros((count, 2)), np.zeros((count, 4, n1)), np.zeros((count, blocks, 4, n2)), np.zeros((count, 2, n2 * COLUMNS)))
     for k, q in enumerate(moduli):
         psi = primitive_root_of_unity(order, q)
         plain = powers(psi, order, q)
         scaled = powers(psi, order, q, start=pow(ring_degree, -1, q))
         tables.moduli[k] = q, 1 / q
-        for target, exponents, inverse in ((tables.roots1[k], first, plain), (tables.roots2[k], second, plain), (tables.twists[k], twist, scaled)):
-            target[..., 0, :], target[..., 2, :] = plain[exponents], inverse[-exponents % order]
-            target[..., 1, :], target[..., 3, :] = target[..., 0, :] / q, target[..., 2, :] / q
+        for roots, exponents in ((tables.roots1[k], first), (tables.roots2[k], second)):
+            roots[..., 0, :], roots[..., 2, :] = plain[exponents], plain[-exponents % order]
+            roots[..., 1, :], roots[..., 3, :] = roots[..., 0, :] / q, roots[..., 2, :] / q
+        tables.twists[k] = plain[twist], scaled[-twist % order]
     return tables
 
 
@@ -220,8 +221,10 @@ def forward_first(u, c, y, roots, q, qi, n1, n2):
 def forward_second(x, y, roots, twists, q, qi, n2):
     """Second half of one block x [n2][COLUMNS] of the first half's result, into y (which may be x): twist, column transforms."""
     vq = sp(q)
+    vi = sp(qi)
     for k in range(0, n2 * COLUMNS, 8):
-        st(y, k, mm(ld(x, k), ld(twists[0], k), ld(twists[1], k), vq))
+        w = ld(twists[0], k)
+        st(y, k, mm(ld(x, k), w, mul(w, vi), vq))
     forward_columns(y, n2, roots, q, qi)
 
 
@@ -264,6 +267,7 @@ def inverse(y, x, u, tables, k):
     n1 = tables.roots1.shape[2]
     n2 = tables.roots2.shape[3]
     vq = sp(q)
+    vi = sp(qi)
     block = n2 * COLUMNS
     twists = tables.twists[k]
     for c in range(n1 // COLUMNS):
@@ -271,7 +275,8 @@ def inverse(y, x, u, tables, k):
             st(u, j, ld(y, c * block + j))
         inverse_columns(u, n2, tables.roots2[k, c], q, qi)
         for j in range(0, block, 8):
-            st(u, j, mm(ld(u, j), ld(twists[2], j), ld(twists[3], j), vq))
+            w = ld(twists[1], j)
+            st(u, j, mm(ld(u, j), w, mul(w, vi), vq))
         for r in range(0, n2, 8):
             o = (r // COLUMNS) * n1 * COLUMNS + c * COLUMNS * COLUMNS + r % COLUMNS
             for j in range(0, COLUMNS, 8):

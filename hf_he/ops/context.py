@@ -126,4 +126,4 @@ class OperationContext:
     def product(self, a: Ciphertext, b: Ciphertext) -> Ciphertext:
         """a * b, relinearised and rescaled: one level."""
         backend = self.backend
-        return backend.rescale(backend.relinearize(backend.multiply(a, b)))
+        return backend.relinearize_rescale(backend.multiply(a, b))

@@ -131,7 +131,7 @@ class _Evaluation:
         return self.known[n]
 
     def reduced(self, ct: Ciphertext) -> Ciphertext:
-        return self.backend.rescale(self.backend.relinearize(ct))
+        return self.backend.relinearize_rescale(ct)
 
     def scaled(self, n: int, factor: float, level: int, scale: float) -> Ciphertext:
         """factor * T_n at `level`, not rescaled, at exactly `scale`."""

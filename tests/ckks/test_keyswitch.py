@@ -50,6 +50,30 @@ def test_mod_up_is_the_centred_lift(special_count, limbs):
             assert all((int(x) - v) % modulus == 0 for x, v in zip(row, lifted, strict=True))
 
 
+@pytest.mark.parametrize("special_count", [1, 2, 3, 8])
+@pytest.mark.parametrize("limbs", [2, 3, 4, 5])
+def test_relinearisation_and_rescaling_in_one_division(special_count, limbs):
+    """The phase c0 + c1 s + c2 s^2 over the last modulus, up to the noise of a division: no larger than with two divisions."""
+    engine = toy(levels=4, special_count=special_count)
+    context = engine.context
+    ct = np.stack([random_row(engine, limbs, seed) for seed in (1, 2, 3)])
+    square = np.empty_like(engine.secret._rows)
+    for k, q in enumerate(context.chain):
+        square[k] = [(int(s) * int(s) + q // 2) % q - q // 2 for s in engine.secret._rows[k]]
+    total = math.prod(context.chain[:limbs])
+    first = exact_phase(engine, ct[0], ct[1], engine.secret._rows) + exact_phase(engine, np.zeros_like(ct[2]), ct[2], square)
+    first = (first + total // 2) % total - total // 2
+    merged = engine.evaluator.relinearize_rescale(ct[None], engine.keys)
+    assert merged.shape == (1, 2, limbs - 1, context.ring_degree) and (np.abs(merged) <= 0.6 * context.tables.moduli[: limbs - 1, :1]).all()
+    errors = []
+    for out in (merged[0], engine.evaluator.rescale(engine.evaluator.relinearize(ct, engine.keys))):
+        found = exact_phase(engine, out[0], out[1], engine.secret._rows)
+        last, kept = context.chain[limbs - 1], total // context.chain[limbs - 1]
+        errors.append(max(abs((f * last - w + total // 2) % total - total // 2) / last for f, w in zip(found, first, strict=True)))
+        assert errors[-1] < min(NOISE, kept / 2)
+    assert errors[0] < 2 * errors[1] + 8
+
+
 @pytest.mark.parametrize("special_count", [1, 2, 3])
 @pytest.mark.parametrize("limbs", [1, 2, 3, 5])
 def test_relinearisation_is_exact_up_to_noise(special_count, limbs):

@@ -62,7 +62,7 @@ class ChebyshevSeries:
     def _finish(self, values: np.ndarray, depth: int, scale: float) -> Scaled:
         """Relinearise and rescale a sum of products at depth - 1."""
         if values.shape[-3] == 3:
-            values = self._evaluator.relinearize(values, self._keys)
+            values = self._evaluator.relinearize_rescale(values, self._keys)
         return Scaled(self.rescale(values, depth), depth, scale / self._plan.divisor(depth))
 
     def double_product(self, a: Scaled, b: Scaled, subtract: Scaled | None) -> Scaled:
