@@ -26,8 +26,8 @@ from hf_he.approximation import (
     Polynomial,
     fit_inverse_square_root,
     fit_polynomial,
-    halve_series,
 )
+from hf_he.chebyshev import halve_series
 from hf_he.errors import ApproximationError, RangeError
 
 MODES = ("exact", "polynomial")

@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_he.approximation import (
-    evaluate_chebyshev,
     fit_inverse_square_root,
     fit_polynomial,
     fit_reciprocal,
-    halve_series,
     kernel_exponential,
     minimal_polynomial,
 )
+from hf_he.chebyshev import evaluate_chebyshev, halve_series
 from hf_he.errors import ApproximationError
 
 TORCH = {

@@ -1,6 +1,5 @@
 """Client and server on the simulator: the whole path in one process and over HTTP, and everything that must be refused."""
 
-import asyncio
 import copy
 import http.client
 import json
@@ -8,7 +7,6 @@ import pickle
 import shutil
 import threading
 from dataclasses import replace
-from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -38,7 +36,6 @@ from hf_he.protocol import EncryptedBatch, EncryptedResult, Identity, error_from
 from hf_he.remote import connect
 from hf_he.results import InferenceResult, Sentence
 from hf_he.server import Server
-from hf_he.service import Job, MessageTooLargeError, read_body
 
 OUT_OF_RANGE = "of with bad was dull good no not"
 
@@ -408,17 +405,6 @@ class TestHTTP:
         assert connection.getresponse().status == 413
         connection.close()
 
-    def test_oversized_streams_are_cut_off(self):
-        class Endless:
-            headers: ClassVar = {}
-
-            async def stream(self):
-                while True:
-                    yield bytes(10)
-
-        with pytest.raises(MessageTooLargeError):
-            asyncio.run(read_body(Endless(), limit=95))
-
     def test_unknown_jobs(self, remote):
         assert httpx.get(f"{remote.url}/jobs/none/next").status_code == 404
         assert httpx.post(f"{remote.url}/jobs/none/refresh?sequence=1", content=b"").status_code == 404
@@ -448,44 +434,6 @@ class TestHTTP:
         assert "secret detail" not in str(error_from_json(error_to_json(ValueError("secret detail"))))
         for foreign in (None, [], {"error": 1, "message": "x"}, {"error": "os", "message": "x"}, {"error": "SystemExit", "message": "x"}):
             assert type(error_from_json(foreign)) is HEError
-
-
-class TestJob:
-    """The mailbox between the worker thread and the polling client."""
-
-    def test_a_refresh_request_is_repeated_until_it_is_answered_once(self):
-        job = Job(dict)
-        answers = []
-        worker = threading.Thread(target=lambda: answers.append(job.ask(b"question")))
-        worker.start()
-        first, again = job.next(5), job.next(5)
-        assert (first.name, first.body, first.sequence) == ("refresh", b"question", 1) and again == first
-        job.answer(1, b"answer")
-        job.answer(1, b"late duplicate")
-        worker.join()
-        assert answers == [b"answer"]
-
-    def test_unasked_answers_are_refused(self):
-        job = Job(dict)
-        for sequence in (-1, 0, 1):
-            with pytest.raises(RefreshError, match="no refresh number"):
-                job.answer(sequence, b"")
-
-    def test_a_silent_client_ends_the_wait(self):
-        with pytest.raises(RefreshError, match="did not answer"):
-            Job(dict, silence_seconds=0.05).ask(b"question")
-
-    def test_cancelling_ends_the_wait(self):
-        job = Job(dict)
-        threading.Timer(0.05, job.cancel).start()
-        with pytest.raises(RefreshError, match="cancelled"):
-            job.ask(b"question")
-
-    def test_progress_when_nothing_else_happens(self):
-        job = Job(lambda: {"state": "running"})
-        assert job.next(0).body == {"state": "waiting"}
-        job.started = True
-        assert job.next(0).body == {"state": "running"}
 
 
 def test_results_without_labels_or_answers():

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.polynomial import chebyshev
 
-from hf_he.approximation import InverseSquareRoot, evaluate_chebyshev
+from hf_he.approximation import InverseSquareRoot
 from hf_he.backends.base import Ciphertext
+from hf_he.chebyshev import evaluate_chebyshev
 from hf_he.ops import polynomial, reduce
 from hf_he.ops.norm import Statistics, blocks, sum_blocks
 from hf_he.ops.operand import Operand

@@ -1,0 +1,60 @@
+"""The parts of the HTTP service that need no model: the mailbox of a job and the reading of bodies."""
+
+import asyncio
+import threading
+from typing import ClassVar
+
+import pytest
+
+from hf_he.errors import RefreshError
+from hf_he.service import Job, MessageTooLargeError, read_body
+
+
+def test_oversized_streams_are_cut_off():
+    class Endless:
+        headers: ClassVar = {}
+
+        async def stream(self):
+            while True:
+                yield bytes(10)
+
+    with pytest.raises(MessageTooLargeError):
+        asyncio.run(read_body(Endless(), limit=95))
+
+
+class TestJob:
+    """The mailbox between the worker thread and the polling client."""
+
+    def test_a_refresh_request_is_repeated_until_it_is_answered_once(self):
+        job = Job(dict)
+        answers = []
+        worker = threading.Thread(target=lambda: answers.append(job.ask(b"question")))
+        worker.start()
+        first, again = job.next(5), job.next(5)
+        assert (first.name, first.body, first.sequence) == ("refresh", b"question", 1) and again == first
+        job.answer(1, b"answer")
+        job.answer(1, b"late duplicate")
+        worker.join()
+        assert answers == [b"answer"]
+
+    def test_unasked_answers_are_refused(self):
+        job = Job(dict)
+        for sequence in (-1, 0, 1):
+            with pytest.raises(RefreshError, match="no refresh number"):
+                job.answer(sequence, b"")
+
+    def test_a_silent_client_ends_the_wait(self):
+        with pytest.raises(RefreshError, match="did not answer"):
+            Job(dict, silence_seconds=0.05).ask(b"question")
+
+    def test_cancelling_ends_the_wait(self):
+        job = Job(dict)
+        threading.Timer(0.05, job.cancel).start()
+        with pytest.raises(RefreshError, match="cancelled"):
+            job.ask(b"question")
+
+    def test_progress_when_nothing_else_happens(self):
+        job = Job(lambda: {"state": "running"})
+        assert job.next(0).body == {"state": "waiting"}
+        job.started = True
+        assert job.next(0).body == {"state": "running"}
