@@ -198,7 +198,7 @@ class SimulatorBackend(HEBackend):
         level, scale, components = int(metadata["level"]), float.fromhex(metadata["scale"]), int(metadata["components"])
         if values.ndim < 1 or values.shape[-1] != self.parameters.slots or noise.shape != values.shape[:-1] or components not in (2, 3):
             raise ValueError
-        if not (0 <= level <= self.parameters.max_level and 0 < scale < 2.0 ** self.parameters.log2_modulus(level)):
+        if not (0 <= level <= self.parameters.max_level and 0 < scale < math.inf and math.log2(scale) < self.parameters.log2_modulus(level)):
             raise ValueError
         if not (np.isfinite(values).all() and np.isfinite(noise).all() and (noise >= 0).all()):
             raise ValueError

@@ -10,7 +10,7 @@ products with states need it (hf_he.ops.weights).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -163,20 +163,29 @@ class EncryptedAdapter:
             setattr(module, attribute, leaf)
             self._leaves[name] = leaf
 
-    def collect(self, factor: float = 1.0) -> Ciphertext:
+    def collect(self, factor: float = 1.0, scales: Sequence[float] = ()) -> Ciphertext:
         """`factor` times the gradients that backward passes left in the leaves, dense [count], one level below them; clears them.
 
-        `factor` is public: the optimiser's gradient_gain over the number of sequences. Raises ShapeError when a leaf has no gradient.
+        `factor` is public: the optimiser's gradient_gain over the number of sequences; `scales`, one per parameter or none, multiply it. Raises
+        ShapeError when a leaf has no gradient, or for another number of scales.
         """
+        factors = scaled(self.layout.names, factor, scales)
         parts: list[Ciphertext | None] = [None] * self.layout.count
         for name, leaf in self._leaves.items():
             if leaf.grad is None:
                 raise ShapeError(f"{name} has no gradient: run loss.backward() with this adapter installed")
-            for index, part in _placed(self.session, leaf.grad.ciphertext, self.layout, self.layout.starts[name], factor):
+            for index, part in _placed(self.session, leaf.grad.ciphertext, self.layout, self.layout.starts[name], factors[name]):
                 parts[index] = part if parts[index] is None else _sum(self.session, parts[index], part)
             leaf.grad = None
         level = min(part.level for part in parts)
         return self.session.backend.stack([self.session.backend.match_level(part, level) for part in parts])
+
+
+def scaled(names: Sequence[str], factor: float, scales: Sequence[float]) -> dict[str, float]:
+    """`factor` by parameter name, times `scales`, one per parameter in order, or none. Raises ShapeError for another number of them."""
+    if scales and len(scales) != len(names):
+        raise ShapeError(f"{len(scales)} gradient scales for {len(names)} trained parameters: calibrate them with this adapter")
+    return dict(zip(names, (factor * scale for scale in scales or [1.0] * len(names)), strict=True))
 
 
 def _placed(context: OperationContext, vectors: Ciphertext, layout: AdapterLayout, start: int, factor: float) -> list[tuple[int, Ciphertext]]:

@@ -46,7 +46,8 @@ class EncryptedTrainingArguments(TrainingArguments):
         public_padding_mask: send padding masks in the clear; the server then learns the lengths.
         lora_rank, target_modules: rank of the adapters, and the linear layers that get one.
         divisor, eps, loss_bound: ranges of the polynomials of AdamW-HE and of the softmax (see hf_he.finetuning.optimizer and .loss); what is not given the
-            client calibrates in the clear on the examples of the first `calibration_steps` steps.
+            client calibrates in the clear on the examples of the first `calibration_steps` steps. Divisor and eps are in units of squared
+            gradients scaled to about 1, parameter by parameter; with all three given nothing is calibrated and nothing scaled.
         momentum: of sgd.
         processes: server processes that share the micro-batches of a step.
     """
@@ -69,7 +70,7 @@ class EncryptedTrainingArguments(TrainingArguments):
     lora_rank: int = field(default=2, metadata={"help": "Rank of the LoRA adapters."})
     target_modules: tuple[str, ...] = field(default=("query", "key", "value"), metadata={"help": "Linear layers with an adapter."})
     divisor: float | None = field(default=None, metadata={"help": "Bound of v_hat + eps; default: calibrated on the client."})
-    eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: 0.02 of the divisor."})
+    eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: 0.001 of the divisor."})
     loss_bound: float | None = field(default=None, metadata={"help": "Largest difference of logits; default: calibrated on the client."})
     calibration_steps: int = field(default=16, metadata={"help": "Steps whose examples the client calibrates on."})
     momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
@@ -101,7 +102,9 @@ class EncryptedTrainingArguments(TrainingArguments):
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * -(-rows // self.per_device_train_batch_size)))
 
-    def settings(self, rows: int, divisor: float, eps: float, loss_bound: float, loss_scale: float = 1.0) -> TrainingSettings:
+    def settings(
+        self, rows: int, divisor: float, eps: float, loss_bound: float, loss_scale: float = 1.0, gradient_scales: tuple[float, ...] = ()
+    ) -> TrainingSettings:
         """What the server is told; the numbers are used where the arguments leave theirs open, `loss_scale` with bootstrapping only. Raises
         ParameterError for values that make no sense."""
         steps = self.total_steps(rows)
@@ -122,6 +125,7 @@ class EncryptedTrainingArguments(TrainingArguments):
             weight_decay=float(self.weight_decay),
             loss_bound=float(loss_bound if self.loss_bound is None else self.loss_bound),
             loss_scale=float(loss_scale if self.refresh == "bootstrap" else 1.0),
+            gradient_scales=gradient_scales,
             optimizer_location=self.optimizer_location,
             loss_location=self.loss_location,
             public_padding_mask=self.public_padding_mask,

@@ -8,6 +8,10 @@ correction costs no level, every value stays of the size of a gradient, and the 
 Gradients arrive multiplied by `gradient_gain` = 1 / sqrt(divisor), a constant that packing them folds into its masks. With g' = g / sqrt(M),
 m' / sqrt(v' + eps / M) is the update itself: M cancels, and v' + eps / M lies in [eps / M, 1] when `divisor` M is above v + eps.
 
+Squared gradients of a classifier are hundreds of times those of LoRA matrices: one eps for all would starve the adapters. So each parameter's
+gradient may come multiplied by a public scale of its own (`TrainingSettings.gradient_scales`, folded into the same masks), which changes AdamW in
+nothing but its eps: eps and divisor are then in units of the scaled gradients.
+
 Where the optimiser runs changes who learns what, not the result:
 - on the server (default): it sees ciphertexts only; the client sees nothing until it asks for the adapter.
 - on the client: once per step the server sends the dense gradient (`AdapterLayout.count` ciphertexts) and gets the dense weights back, freshly
@@ -85,7 +89,8 @@ class AdamWHE:
     """AdamW with polynomials: theta <- (1 - lr weight_decay) theta - lr m / sqrt(v + eps).
 
     `eps` is in units of a squared gradient, `divisor` a bound of v + eps; `degree` and `newton_steps` are those of 1 / sqrt on [eps / divisor, 1]
-    (defaults: relative error 4.2e-3 at a ratio of 0.02 without Newton, in 4 levels). Levels: 2 for v, `approximation.depth`, 1 for the product.
+    (defaults: relative error 4.2e-3 at a ratio of 0.02 without Newton, in 4 levels; `fitting_degree` for other ratios). Levels: 2 for v,
+    `approximation.depth`, 1 for the product.
     Values of v + eps above `divisor` cannot be seen under encryption: `calibrate_divisor` leaves room, and `reference` raises.
     """
 
@@ -181,7 +186,7 @@ def combination(context: OperationContext, terms: list[tuple[Ciphertext, float]]
     return backend.rescale(total)
 
 
-def calibrate_divisor(largest_square: float, ratio: float = 0.02, margin: float = 4.0) -> tuple[float, float]:
+def calibrate_divisor(largest_square: float, ratio: float = 0.001, margin: float = 16.0) -> tuple[float, float]:
     """(divisor, eps) from the largest squared gradient entry of a few plaintext batches, on the client.
 
     v is an average of such squares, so it stays below `margin` times the largest one seen; eps is `ratio` of the divisor, which
@@ -191,6 +196,11 @@ def calibrate_divisor(largest_square: float, ratio: float = 0.02, margin: float 
         raise ParameterError(f"the calibration batches gave gradients whose largest square is {largest_square:g}: check labels and trained parameters")
     divisor = margin * largest_square / (1.0 - ratio)
     return divisor, ratio * divisor
+
+
+def fitting_degree(ratio: float) -> int:
+    """The lowest of the degrees 15, 31 and 63 (4, 5 and 6 levels) whose 1 / sqrt is within 1 % on [`ratio`, 1]; 63 (3 % at 0.0005) where none is."""
+    return next((degree for degree in (15, 31) if fit_inverse_square_root((ratio, 1.0), degree, 0).max_error <= 0.01), 63)
 
 
 def _kept(beta: float, step: int) -> float:

@@ -36,13 +36,17 @@ _MODULE = re.compile(r"[A-Za-z0-9_.]{1,64}")
 _AGAIN = "client and server need the same version of hf_he"
 
 
+_ITEMS = {tuple[str, ...]: lambda item: isinstance(item, str), tuple[float, ...]: lambda item: type(item) is float and math.isfinite(item)}
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """The public half of a run: what the server computes with, and therefore learns. Raises ParameterError for a value that makes no sense.
 
     `steps` is the length of the schedule, `sequences` the number of examples in a full step. `eps` and `divisor` are those of
     hf_he.finetuning.optimizer, `loss_bound` and `loss_degree` those of the softmax in hf_he.finetuning.loss. The client multiplies the sequences'
-    weights by `loss_scale`, and packing the gradient divides by it: between them gradients are large beside the error of a bootstrap. `optimizer_location` and
+    weights by `loss_scale`, and packing the gradient divides by it: between them gradients are large beside the error of a bootstrap. `gradient_scales`,
+    one per trained parameter in the adapter's order or none, bring the gradients of AdamW-HE to one size. `optimizer_location` and
     `loss_location` are "server" or "client"; with `public_padding_mask` the lengths of the texts are sent in the clear.
     """
 
@@ -63,6 +67,7 @@ class TrainingSettings:
     loss_bound: float = 12.0
     loss_degree: int = 15
     loss_scale: float = 1.0
+    gradient_scales: tuple[float, ...] = ()
     optimizer_location: str = "server"
     loss_location: str = "server"
     public_padding_mask: bool = False
@@ -85,6 +90,10 @@ class TrainingSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ParameterError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+        if not all(1e-9 <= scale <= 1e9 for scale in self.gradient_scales):
+            raise ParameterError("gradient_scales must be from 1e-9 to 1e9: calibrate them again")
+        if self.gradient_scales and self.optimizer == "sgd":
+            raise ParameterError("gradient_scales would change the learning rates of sgd: they belong to adamw")
         if not 1 <= len(self.target_modules) <= 16 or not all(_MODULE.fullmatch(name) for name in self.target_modules):
             raise ParameterError("target_modules must name 1 to 16 kinds of linear layers, such as query, key, value")
 
@@ -104,7 +113,7 @@ class TrainingSettings:
             value = values[name]
             if hint is float and type(value) is int and abs(value) < 2**53:
                 value = float(value)
-            elif hint == tuple[str, ...] and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            elif hint in _ITEMS and isinstance(value, list) and all(_ITEMS[hint](item) for item in value):
                 value = tuple(value)
             elif type(value) is not hint or (hint is float and not math.isfinite(value)):
                 raise CorruptFileError(f"{name} of the training settings is of another type: {_AGAIN}")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 
-from hf_he.checkpoints import default_model
+from hf_he.checkpoints import default_model, load_classifier
 from hf_he.data import TASKS, TextDataset, load_dataset
 from hf_he.errors import DataError
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
@@ -17,13 +18,15 @@ from hf_he.finetuning.arguments import EncryptedTrainingArguments
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """`model`: a folder, or the name of one in model_cards; `eval_rows` of the dev half are scored before and after, in polynomial mode."""
+    """`model`: a folder, or the name of one in model_cards, of whose config.approximations those in `approximations` replace what they
+    name (an interval, a degree); `eval_rows` of the dev half (null: all) are scored before and after, in polynomial mode."""
 
     model: str = "he-bert-tiny-mr"
     task: str = "mr"
     data_dir: str | None = None
     train_rows: int | None = None
-    eval_rows: int = 512
+    eval_rows: int | None = 512
+    approximations: dict[str, dict[str, Any]] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -34,6 +37,19 @@ class FinetuneRecipe:
     def model_folder(self) -> Path:
         named = default_model().parent / self.model
         return named if (named / "config.json").is_file() else Path(self.model)
+
+    def start_model(self, output_dir: str | Path) -> Path:
+        """The folder training starts from: the model's own, or with `approximations` a copy in `output_dir`/start. Raises DataError for a layer it lacks."""
+        if not self.approximations:
+            return self.model_folder
+        folder, model = Path(output_dir) / "start", load_classifier(self.model_folder)
+        entries = model.config.approximations
+        if unknown := set(self.approximations) - set(entries):
+            raise DataError(f"recipe: the model has no layer {sorted(unknown)[0]!r} with a polynomial: they are {', '.join(sorted(entries))}")
+        model.set_approximations({name: {**entry, **self.approximations.get(name, {})} for name, entry in entries.items()})
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self.model_folder, local_files_only=True).save_pretrained(folder)
+        return folder
 
     def datasets(self) -> tuple[TextDataset, TextDataset]:
         """Training rows, and the dev rows that are scored."""

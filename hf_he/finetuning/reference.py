@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_he.finetuning.adapter import scaled
 from hf_he.finetuning.loss import CrossEntropy
 from hf_he.finetuning.optimizer import PlainState
 from hf_he.finetuning.protocol import TrainingSettings
@@ -55,10 +56,11 @@ class PolynomialTraining:
     def _update(self, gradients: Mapping[str, torch.Tensor]) -> None:
         settings, step = self.settings, len(self.losses)
         rate = learning_rate(settings.schedule, settings.learning_rate, step, settings.steps, settings.warmup_steps)
+        factors = scaled(tuple(self._trained), self.optimizer.gradient_gain, settings.gradient_scales)
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                scaled = self.optimizer.gradient_gain * gradients[name].numpy()
-                values, self._state[name] = self.optimizer.reference(parameter.numpy(), scaled, self._state[name], rate, step)
+                gradient = factors[name] * gradients[name].numpy()
+                values, self._state[name] = self.optimizer.reference(parameter.numpy(), gradient, self._state[name], rate, step)
                 parameter.copy_(torch.from_numpy(values))
 
     def _mean_loss(self, logits: torch.Tensor, labels: np.ndarray) -> float:

@@ -113,7 +113,7 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
     from hf_he.finetuning.calibration import calibrate
     from hf_he.finetuning.trainer import accepted
 
-    (train, dev), model = recipe.datasets(), recipe.model_folder
+    (train, dev), model = recipe.datasets(), recipe.start_model(args.output_dir)
     client = Client.from_pretrained(model, backend="simulator")
     tokenizer = client.tokenizer
     draft = args.settings(len(train), divisor=1.0, eps=0.02, loss_bound=12.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from hf_he.backends import Ciphertext
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
-from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer
+from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer, fitting_degree
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.schedule import learning_rate
 from hf_he.ops.operand import Operand
@@ -37,7 +37,8 @@ def make_optimizer(settings: TrainingSettings) -> Optimizer:
     """The optimiser of these settings, for ciphertexts and for arrays."""
     if settings.optimizer == "sgd":
         return SGD(settings.momentum, settings.weight_decay, settings.divisor)
-    return AdamWHE(settings.beta1, settings.beta2, settings.eps, settings.divisor, settings.weight_decay)
+    optimizer = AdamWHE(settings.beta1, settings.beta2, settings.eps, settings.divisor, settings.weight_decay)
+    return replace(optimizer, degree=fitting_degree(settings.eps / settings.divisor))
 
 
 def make_loss(settings: TrainingSettings, num_labels: int) -> CrossEntropy | MeanSquaredError:
@@ -105,8 +106,9 @@ class TrainingRun:
         return output.logits.ciphertext
 
     def gradient(self, sequences: int) -> Ciphertext:
-        """gradient_gain times the dense gradient [count] of the mean loss over `sequences` examples, out of the micro-batches since `prepare`."""
-        return self.adapter.collect(self.optimizer.gradient_gain / (sequences * self.settings.loss_scale))
+        """The dense gradient [count] of the mean loss over `sequences` examples, out of the micro-batches since `prepare`, times gradient_gain and the
+        scales of the settings."""
+        return self.adapter.collect(self.optimizer.gradient_gain / (sequences * self.settings.loss_scale), self.settings.gradient_scales)
 
     def forget(self) -> None:
         """Drop the gradients of an unfinished step."""

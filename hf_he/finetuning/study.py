@@ -181,7 +181,7 @@ class Study:
             order = DataOrder(len(self.train), self.settings.sequences, self.seeds[0])
             batches = [order.step(number) for number in range(1, min(CALIBRATION_BATCHES, order.steps_per_epoch) + 1)]
             found = calibrate(self.folder, self.tokenizer, self.train, self.settings, batches)
-            self._calibrated = replace(self.settings, divisor=found.divisor, eps=found.eps, loss_bound=found.loss_bound)
+            self._calibrated = replace(self.settings, **asdict(found) | {"loss_scale": 1.0})
         return self._calibrated
 
     def _finished(self) -> dict[tuple[Point, int, int, int], Measured]:

@@ -199,7 +199,8 @@ class EncryptedTrainer:
         return args.settings(rows, **asdict(found))
 
     def _check_settings(self, settings: TrainingSettings, rows: int) -> None:
-        asked = self.args.settings(rows, settings.divisor, settings.eps, settings.loss_bound, settings.loss_scale)
+        calibrated = ("divisor", "eps", "loss_bound", "loss_scale", "gradient_scales")
+        asked = self.args.settings(rows, **{name: getattr(settings, name) for name in calibrated})
         for entry in fields(TrainingSettings):
             now, then = getattr(asked, entry.name), getattr(settings, entry.name)
             if now != then:

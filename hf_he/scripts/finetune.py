@@ -15,12 +15,13 @@ SHORT_RUN_STEPS = 10
 
 def finetune(
     encrypted: Annotated[bool, typer.Option("--encrypted", help="Train on ciphertexts; without it, in the clear with the same polynomials.")] = False,
-    task: Annotated[str | None, typer.Option(help="lm: a decoder on a text of your own (--text). Default: what the recipe says.")] = None,
+    task: Annotated[str | None, typer.Option(help="mr, imdb, with --data-dir sst2, cola and others; lm: a decoder on a text of your own (--text).")] = None,
     text: Annotated[Path | None, typer.Option(help="With --task lm: the private text, UTF-8.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="With --task lm: tokens of a window, a power of two. Default: 64.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="With --task lm; a recipe has its own.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Another than the recipe's.")] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the files of a GLUE task.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run: keys, checkpoints, adapter, plot.")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, native, simulator (plaintext, no protection), fhelium or desilo.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's own choice.")] = None,
@@ -32,6 +33,7 @@ def finetune(
     epochs: Annotated[float | None, typer.Option(help="Train so many epochs instead of --max-steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the initial adapter and the data order.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.")] = None,
     server: Annotated[list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.")] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Only make the keys, for servers that are started elsewhere; then --resume --server URL.")] = False,
@@ -51,17 +53,20 @@ def finetune(
     if task == "lm":
         from hf_he.scripts.finetune_text import finetune_text
 
-        refused = {"--config": config, "--epochs": epochs, "--prepare": prepare, "--processes": (processes or 1) > 1, "training in the clear": not encrypted}
+        refused = {"--config": config, "--data-dir": data_dir, "--seed": seed, "--epochs": epochs, "--prepare": prepare}
+        refused |= {"--processes": (processes or 1) > 1, "training in the clear": not encrypted}
         refused |= {"--optimizer-location client": optimizer_location == "client", "--loss-location server": loss_location == "server"}
         options = {"steps": max_steps, "rank": lora_rank, "batch_size": batch_size, "context": context, "learning_rate": learning_rate, "backend": backend}
         finetune_text(text, model, output_dir, server, resume, json_output, refused=refused, refresh=refresh, parameters=parameters, **options)
         return
-    if task is not None or text is not None or context is not None or learning_rate is not None:
-        raise ParameterError("--text, --context and --learning-rate belong to --task lm: add it, or leave them out")
-    recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
+    if text is not None or context is not None:
+        raise ParameterError("--text and --context belong to --task lm: add it, or leave them out")
+    default = default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml"
+    recipe = load_finetune_recipe(config or default, model=model, task=task, data_dir=data_dir)
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
-        "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes,
+        "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes, "seed": seed,
+        "learning_rate": learning_rate,
         "max_steps": -1 if epochs else max_steps, "num_train_epochs": epochs, "disable_tqdm": True,
     }  # fmt: skip
     if refresh == "bootstrap" and parameters is None:
@@ -77,7 +82,7 @@ def _prepare(recipe: Any, args: Any) -> None:
     from hf_he.finetuning.trainer import EncryptedTrainer
     from hf_he.scripts.display import console, say
 
-    trainer = EncryptedTrainer(recipe.model_folder, args, recipe.datasets()[0], announce=say)
+    trainer = EncryptedTrainer(recipe.start_model(args.output_dir), args, recipe.datasets()[0], announce=say)
     keys = trainer.prepare()
     console.print(f"on the server: hf-he serve --model {trainer.model_folder} --evaluation-keys {keys} --finetune FOLDER", soft_wrap=True)
     console.print(f"here: hf-he finetune --encrypted --resume --output-dir {trainer.folder} --server URL", soft_wrap=True)
@@ -95,7 +100,7 @@ def _encrypted(recipe: Any, args: Any, urls: list[str] | None, resume: bool, jso
     with ExitStack() as stack:
         servers = [stack.enter_context(connect(url)) for url in urls] if urls else None
         bar = _bar(stack)
-        trainer = EncryptedTrainer(recipe.model_folder, args, train, dev, callbacks=[bar], servers=servers, announce=say)
+        trainer = EncryptedTrainer(recipe.start_model(args.output_dir), args, train, dev, callbacks=[bar], servers=servers, announce=say)
         trainer.train(resume_from_checkpoint=resume)
     folder = trainer.save_model()
     data, details = report_of(trainer, say)
@@ -176,4 +181,4 @@ def _plain(recipe: Any, args: Any, urls: list[str] | None, resume: bool, json_ou
         return
     first, last = data["losses_polynomial"][0], data["losses_polynomial"][-1]
     console.print(f"{data['steps']} steps, loss {first:.4f} to {last:.4f}, {data['seconds_per_step']:.3f} s each")
-    console.print(f"score {data['score_before']:.4f} before, {data['score_after']:.4f} after ({recipe.eval_rows} dev rows, polynomial mode)")
+    console.print(f"score {data['score_before']:.4f} before, {data['score_after']:.4f} after ({recipe.eval_rows or 'all'} dev rows, polynomial mode)")

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+LEARNING_RATE = 4e-3
+"""What the start model's own intervals allow: the study compares polynomials on these, not on those a recipe replaces them with."""
+
 
 def study(
     config: Annotated[Path | None, typer.Option(help="Fine-tuning recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
@@ -33,7 +36,7 @@ def study(
 
     logging.set_verbosity_error()
     recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
-    arguments = recipe.training_arguments(max_steps=steps, parameters=parameters)
+    arguments = recipe.training_arguments(max_steps=steps, parameters=parameters, learning_rate=LEARNING_RATE)
     settings = arguments.settings(1, divisor=1.0, eps=0.02, loss_bound=12.0)
     chosen = {"--ranks": ranks, "--squarings": squarings, "--norm-degrees": norm_degrees, "--activation-degrees": activation_degrees}
     points = Axes(*(_numbers(text, option) for option, text in chosen.items())).points()

@@ -66,3 +66,11 @@ def test_rotation_steps_are_recorded():
     backend.rotate(ct, [0, 1])
     backend.sum_rotated(ct, [0, -1])
     assert backend.rotations_used == {1: 2, backend.parameters.slots - 1: 1}
+
+
+def test_a_modulus_beyond_the_largest_double_is_readable():
+    backend = SimulatorBackend(parameter_set("n16"))
+    secret = backend.generate_secret_key()
+    ciphertext = backend.encrypt(np.ones(backend.parameters.slots), secret)
+    again = backend.deserialize(backend.serialize(ciphertext), "ciphertext")
+    assert backend.parameters.log2_modulus(again.level) > 1024 and again.scale == ciphertext.scale

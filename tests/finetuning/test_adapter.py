@@ -124,11 +124,14 @@ def test_collected_gradients_are_dense_and_scaled(lab):
         leaf, shape = getattr(model, name), layout.shapes[name]
         leaf.grad = lab.session.weight(ciphertext, shape) if len(shape) == 2 else lab.session.bias(ciphertext, shape[0])
     assert layout.count == 3
-    dense = adapter.collect(0.25)
+    with pytest.raises(ShapeError, match="2 gradient scales for 3"):
+        adapter.collect(0.25, (1.0, 1.0))
+    scales = dict(zip(layout.names, (1.0, 4.0, 0.5), strict=True))
+    dense = adapter.collect(0.25, tuple(scales.values()))
     assert dense.level == 0
     found = layout.unpack(lab.backend.decrypt(dense, lab.secret))
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], 0.25 * gradient, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[name], 0.25 * scales[name] * gradient, atol=1e-5, rtol=0)
     with pytest.raises(ShapeError, match="has no gradient"):
         adapter.collect()
 

@@ -8,6 +8,7 @@ import yaml
 from tiny_run import DATA
 from typer.testing import CliRunner
 
+from hf_he.checkpoints import load_classifier
 from hf_he.cli import app
 from hf_he.errors import CheckpointError, DataError, ParameterError
 from hf_he.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
@@ -75,3 +76,17 @@ def test_recipes_are_checked(tmp_path):
 def test_the_shipped_recipe_is_readable():
     recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / "finetune_mr" / "config.yaml")
     assert recipe.training_arguments(max_steps=10).lora_rank == 2 and (recipe.model_folder / "config.json").is_file()
+
+
+def test_approximations_of_a_recipe_replace_those_of_a_copy(tiny, tmp_path):
+    before = load_classifier(tiny)
+    name = next(name for name, entry in before.config.approximations.items() if "newton_steps" in entry)
+    recipe = FinetuneRecipe(model=str(tiny), approximations={name: {"interval": [0.1, 99.0], "degree": 31}})
+    after = load_classifier(recipe.start_model(tmp_path))
+    expected = before.config.approximations | {name: before.config.approximations[name] | {"interval": [0.1, 99.0], "degree": 31}}
+    assert after.config.approximations == expected
+    for ours, theirs in zip(before.parameters(), after.parameters(), strict=True):
+        assert ours.equal(theirs)
+    assert FinetuneRecipe(model=str(tiny)).start_model(tmp_path) == tiny
+    with pytest.raises(DataError, match="no layer 'tanh'"):
+        FinetuneRecipe(model=str(tiny), approximations={"tanh": {"degree": 3}}).start_model(tmp_path)

@@ -53,7 +53,8 @@ def exact(directory, settings):
         loss = F.cross_entropy(model(**inputs(directory)).logits, torch.from_numpy(LABELS))
         losses.append(float(loss.detach()))
         rate = learning_rate(settings.schedule, settings.learning_rate, step, settings.steps)
-        for (name, parameter), gradient in zip(trained.items(), torch.autograd.grad(loss, list(trained.values())), strict=True):
+        scales = settings.gradient_scales or [1.0] * len(trained)
+        for (name, parameter), gradient, scale in zip(trained.items(), torch.autograd.grad(loss, list(trained.values())), scales, strict=True):
             m, v = moments[name]
             with torch.no_grad():
                 if settings.optimizer == "sgd":
@@ -63,7 +64,7 @@ def exact(directory, settings):
                     m.mul_(settings.beta1).add_(gradient, alpha=1 - settings.beta1)
                     v.mul_(settings.beta2).add_(gradient.square(), alpha=1 - settings.beta2)
                     m_hat, v_hat = m / (1 - settings.beta1**step), v / (1 - settings.beta2**step)
-                    parameter -= rate * m_hat / (v_hat + settings.eps).sqrt()
+                    parameter -= rate * m_hat / (v_hat + settings.eps / scale**2).sqrt()
     return losses, {name: parameter.detach() for name, parameter in trained.items()}
 
 
@@ -72,8 +73,20 @@ def exact(directory, settings):
     [
         (TrainingSettings(optimizer="sgd", learning_rate=0.1, steps=STEPS, loss_degree=31), 1e-3),
         (TrainingSettings(optimizer="adamw", learning_rate=1e-2, steps=STEPS, divisor=4.0, eps=0.08, loss_degree=31), 1e-2),
+        (
+            TrainingSettings(
+                optimizer="adamw",
+                learning_rate=1e-2,
+                steps=STEPS,
+                divisor=4.0,
+                eps=0.02,
+                loss_degree=31,
+                gradient_scales=tuple(2.0 ** (i % 4) for i in range(6)),
+            ),
+            1e-2,
+        ),
     ],
-    ids=["sgd", "adamw"],
+    ids=["sgd", "adamw", "adamw with scales"],
 )
 def test_training_is_stock_training_up_to_its_polynomials(directory, settings, tolerance):
     training = run(directory, settings)
