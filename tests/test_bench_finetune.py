@@ -1,8 +1,10 @@
 """`hf-he bench finetune`: the baseline trains, what is priced is what was counted, ratios follow from prices."""
 
 import copy
+import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -84,7 +86,7 @@ def test_units_are_the_operations_of_the_log(make_lab):
     by_name: Counter = Counter()
     for (name, _), count in units.items():
         by_name[name] += count
-    operations = {"relinearize": "relinearize", "multiply": "multiply", "multiply_plain_sum": "multiply_plain", "multiply_scalar": "multiply_scalar"}
+    operations = {"relinearize": "relinearize", "multiply": "multiply", "multiply_scalar": "multiply_scalar"}
     counted = Counter()
     operands = [lab.encrypt(lab.states()).operand for _ in range(3)]
     lab.backend.log.reset()
@@ -92,9 +94,32 @@ def test_units_are_the_operations_of_the_log(make_lab):
     counted = lab.backend.log.operations()
     for unit, primitive in operations.items():
         assert by_name[unit] == counted.get(primitive, 0), unit
+    plain = ("multiply_plain", "full-slot multiply_plain", "multiply_plain_sum", "full-slot product")
+    assert sum(by_name[unit] for unit in plain) == counted["multiply_plain"]
     assert by_name["hoisted rotation"] + by_name["summed rotation"] == counted["rotate"]
     assert by_name["refresh"] == lab.session.refresh.count == 2
     assert not log.trace and not session.backend.units, "taking starts afresh"
+
+
+def test_plaintexts_of_all_slots_and_sums_are_counted_apart(make_lab):
+    lab = make_lab()
+    session = PricedSession(lab.backend.parameters, lab.packing)
+    backend, slots = session.backend, lab.backend.parameters.slots
+    state = dataclasses.replace(backend.fresh(3), batch_shape=(4, 2))
+    for period in (16, slots):
+        backend.multiply_plain_sum(backend.encode(np.ones((3, 4, period)), 3), state)
+        backend.multiply_plain(state, backend.encode(np.ones(period), 3))
+    backend.sum(state)
+    found = {name: count for (name, level), count in backend.take_units().items() if level == 3 and name != "encode"}
+    assert found == {
+        "multiply_plain_sum": 24,
+        "multiply_plain": 8,
+        "full-slot product": 24,
+        "sum of full-slot products": 6,
+        "full-slot multiply_plain": 8,
+        "sum component": 16,
+        "sum of components": 4,
+    }
 
 
 class Unit:

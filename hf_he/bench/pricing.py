@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from hf_he.backends.base import Ciphertext
+from hf_he.backends.base import Ciphertext, Plaintext
 from hf_he.backends.counting import CountingBackend
 from hf_he.backends.native import NativeBackend
 from hf_he.ckks.parameters import CKKSParameters
@@ -18,8 +18,8 @@ from hf_he.packing import Packing
 from hf_he.planner import CountingSession
 
 Units = Counter[tuple[str, int]]
-"""How much of what at which level. Rotations are counted as decompositions and hoisted steps, or as summed steps and their divisions;
-"limb" names are per component and limb."""
+"""How much of what at which level. Rotations are counted as decompositions and hoisted steps, or as summed steps and their divisions; sums and
+sums of products with plaintexts of all slots as terms and results. "Component" names are per component."""
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 PAIR = 2
@@ -76,15 +76,25 @@ class PricedBackend(CountingBackend):
 
     def _sum(self, a: Ciphertext) -> None:
         self.units["sum component", a.level] += a.count * a.components
+        self.units["sum of components", a.level] += a.count // a.batch_shape[0] * a.components
         super()._sum(a)
 
     def _multiply_plain(self, a: Ciphertext, b: Any) -> None:
-        self.units["multiply_plain", a.level] += a.count
+        self.units["full-slot multiply_plain" if self._fills(b) else "multiply_plain", a.level] += a.count
         super()._multiply_plain(a, b)
 
     def _multiply_plain_sum(self, plain: Any, a: Ciphertext) -> None:
-        self.units["multiply_plain_sum", a.level] += plain.batch_shape[0] * a.count
+        count = plain.batch_shape[0] * a.count
+        if self._fills(plain):
+            self.units["full-slot product", a.level] += count
+            self.units["sum of full-slot products", a.level] += count // a.batch_shape[0]
+        else:
+            self.units["multiply_plain_sum", a.level] += count
         super()._multiply_plain_sum(plain, a)
+
+    def _fills(self, plain: Plaintext) -> bool:
+        """Whether it takes the memory of all slots: one that repeats stays in cache, and has another kernel."""
+        return plain.period == self.parameters.slots
 
     def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> None:
         self.units["weight", a.level] += weights.shape[0] * a.count
@@ -146,16 +156,13 @@ class Prices:
         return self._known[name, level]
 
     def _measure(self, name: str, level: int) -> None:
-        if name in ("decompose", "hoisted rotation"):
-            one, all_ = self._rotations(level, STEPS[:1]), self._rotations(level, STEPS)
-            step = (all_ - one) / (len(STEPS) - 1)
-            self._known["hoisted rotation", level], self._known["decompose", level] = step, max(one - step, 0.0)
-        elif name in ("summed rotation", "sum of rotations"):
-            two, all_ = self._summed(level, STEPS[:2]), self._summed(level, STEPS)
-            step = (all_ - two) / (len(STEPS) - 2)
-            self._known["summed rotation", level], self._known["sum of rotations", level] = step, max(two - 2 * step, 0.0)
-        else:
-            self._known[name, level] = _MEASURES[name](self, level)
+        for whole, part, few, run in _SPLIT:
+            if name in (whole, part):
+                first, all_ = run(self, level, few), run(self, level, len(STEPS))
+                step = (all_ - first) / (len(STEPS) - few)
+                self._known[part, level], self._known[whole, level] = step, max(first - few * step, 0.0)
+                return
+        self._known[name, level] = _MEASURES[name](self, level)
 
     def _at(self, level: int, count: int) -> Ciphertext:
         return self.backend.take(self.backend.drop_level(self._fresh, level), slice(0, count))
@@ -169,13 +176,26 @@ class Prices:
             times.append(time.process_time() - start)
         return statistics.median(times)
 
-    def _rotations(self, level: int, steps: Iterable[int]) -> float:
+    def _rotations(self, level: int, count: int) -> float:
         a = self._at(level, 1)
-        return self._median(lambda: self.backend.rotate(a, steps))
+        return self._median(lambda: self.backend.rotate(a, STEPS[:count]))
 
-    def _summed(self, level: int, steps: Sequence[int]) -> float:
-        a = self._at(level, len(steps))
-        return self._median(lambda: self.backend.sum_rotated(a, steps))
+    def _summed(self, level: int, count: int) -> float:
+        a = self._at(level, count)
+        return self._median(lambda: self.backend.sum_rotated(a, STEPS[:count]))
+
+    def _sum(self, level: int, count: int) -> float:
+        """Per component."""
+        a = self._at(level, count)
+        return self._median(lambda: self.backend.sum(a)) / 2
+
+    def _full_products(self, level: int, count: int) -> float:
+        """Of every one of 8 results."""
+        a, plain = self._at(level, count), self.backend.encode(self._full(len(STEPS), count), level, 1.0)
+        return self._median(lambda: self.backend.multiply_plain_sum(plain, a)) / len(STEPS)
+
+    def _full(self, *shape: int) -> np.ndarray:
+        return self._generator.uniform(-1, 1, (*shape, self.backend.parameters.slots))
 
     def _relinearize(self, level: int) -> float:
         a = self._products(level)
@@ -198,12 +218,14 @@ class Prices:
         a = self._at(level, 8)
         return self._median(lambda: self.backend.add(a, a)) / (2 * a.count)
 
-    def _sum(self, level: int) -> float:
-        a = self._at(level, 8)
-        return self._median(lambda: self.backend.sum(a)) / (2 * a.count)
-
     def _multiply_plain(self, level: int) -> float:
-        a, plain = self._at(level, 4), self.backend.encode(self._generator.uniform(-1, 1, 128), level, 1.0)
+        return self._multiply_by(level, self._generator.uniform(-1, 1, 128))
+
+    def _multiply_full_plain(self, level: int) -> float:
+        return self._multiply_by(level, self._full())
+
+    def _multiply_by(self, level: int, values: np.ndarray) -> float:
+        a, plain = self._at(level, 4), self.backend.encode(values, level, 1.0)
         return self._median(lambda: self.backend.multiply_plain(a, plain)) / a.count
 
     def _multiply_plain_sum(self, level: int) -> float:
@@ -215,7 +237,7 @@ class Prices:
         return self._median(lambda: self.backend.multiply_scalar(a, 1.0, 3.0)) / a.count
 
     def _encode(self, level: int) -> float:
-        values = self._generator.uniform(-1, 1, (2, self.backend.parameters.slots))
+        values = self._full(2)
         return self._median(lambda: self.backend.encode(values, level)) / 2
 
     def _copy(self, level: int) -> float:
@@ -243,11 +265,19 @@ _MEASURES: dict[str, Callable[[Prices, int], float]] = {
     "rescale component": Prices._rescale,
     "multiply": Prices._multiply,
     "add component": Prices._add,
-    "sum component": Prices._sum,
     "multiply_plain": Prices._multiply_plain,
+    "full-slot multiply_plain": Prices._multiply_full_plain,
     "multiply_plain_sum": Prices._multiply_plain_sum,
     "multiply_scalar": Prices._multiply_scalar,
     "encode": Prices._encode,
     "copy component": Prices._copy,
     "refresh": Prices._refresh,
 }
+
+_SPLIT: tuple[tuple[str, str, int, Callable[[Prices, int, int], float]], ...] = (
+    ("decompose", "hoisted rotation", 1, Prices._rotations),
+    ("sum of rotations", "summed rotation", 2, Prices._summed),
+    ("sum of components", "sum component", 1, Prices._sum),
+    ("sum of full-slot products", "full-slot product", 1, Prices._full_products),
+)
+"""What a call costs once and per term: names of both, and the two numbers of terms (the second that of STEPS) that tell them apart."""
