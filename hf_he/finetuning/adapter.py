@@ -221,21 +221,28 @@ def spread(context: OperationContext, dense: Ciphertext, layout: AdapterLayout) 
     """
     backend, c = context.backend, layout.packing.features
     inner = 1 << (layout.lanes.bit_length() - 1) // 2
-    outer = layout.lanes // inner
+    lanes = np.repeat(np.eye(inner), c, axis=1)
+    vectors: list[Ciphertext] = []
     with backend.log.measure("optimizer"):
-        copies = _shifts(context, dense, inner * c, outer)
-        masks = _masks(context, copies, "groups", lambda: np.repeat(np.eye(outer), inner * c, axis=1)[None])
-        # copy s holds group g where the mask of group g - s is: the copies in falling order, twice, so that each g is a slice
-        falling = backend.stack([backend.take(copies, -k % outer) for k in range(2 * outer)])
-        used = [divmod(group, outer) for group in range(-(-layout.total // inner))]
-        groups = {g: backend.take(backend.multiply_plain_sum(masks, backend.take(falling, slice(outer - g, 2 * outer - g))), 0) for _, g in used}
-        selected = backend.rescale(backend.stack([backend.take(groups[g], index) for index, g in used]))
+        selected = _groups(context, dense, layout, inner)
+        for group in range(selected.count):  # one after another: of a group's copies there are `inner`
+            copies = _shifts(context, backend.take(selected, slice(group, group + 1)), c, inner)
+            masks = _masks(context, copies, "lanes", lambda: np.stack([np.roll(lanes, shift, axis=0) for shift in range(inner)], axis=1))
+            spread_out = backend.rescale(backend.multiply_plain_sum(masks, copies))
+            vectors += [backend.take(backend.take(spread_out, j), 0) for j in range(min(inner, layout.total - len(vectors)))]
+        return backend.stack(vectors)
 
-        copies = _shifts(context, selected, c, inner)
-        lanes = np.repeat(np.eye(inner), c, axis=1)
-        masks = _masks(context, copies, "lanes", lambda: np.stack([np.roll(lanes, shift, axis=0) for shift in range(inner)], axis=1))
-        vectors = backend.rescale(backend.multiply_plain_sum(masks, copies))
-        return backend.stack([backend.take(backend.take(vectors, j % inner), j // inner) for j in range(layout.total)])
+
+def _groups(context: OperationContext, dense: Ciphertext, layout: AdapterLayout, inner: int) -> Ciphertext:
+    """[count] dense -> [groups], every used group of `inner` lanes copied over all groups, one level below."""
+    backend, outer = context.backend, layout.lanes // inner
+    copies = _shifts(context, dense, inner * layout.packing.features, outer)
+    masks = _masks(context, copies, "groups", lambda: np.repeat(np.eye(outer), inner * layout.packing.features, axis=1)[None])
+    # copy s holds group g where the mask of group g - s is: the copies in falling order, twice, so that each g is a slice
+    falling = backend.stack([backend.take(copies, -k % outer) for k in range(2 * outer)])
+    used = [divmod(group, outer) for group in range(-(-layout.total // inner))]
+    groups = {g: backend.take(backend.multiply_plain_sum(masks, backend.take(falling, slice(outer - g, 2 * outer - g))), 0) for _, g in used}
+    return backend.rescale(backend.stack([backend.take(groups[g], index) for index, g in used]))
 
 
 def _shifts(context: OperationContext, ct: Ciphertext, step: int, count: int) -> Ciphertext:

@@ -85,10 +85,10 @@ class TrainingClient:
         """What a step of this run needs."""
         return plan_step(load_classifier(self.client.directory), self.backend.parameters, self.packing, self.settings)
 
-    def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
-        """Keys for the rotations of training and of inference."""
+    def keygen(self, progress: Callable[[int, int], None] | None = None) -> Keys:
+        """Keys for the rotations of training and of inference; those of bootstrapping are made by `Keys.save`, on the disk."""
         inference = make_plan(self.client.model, self.backend.parameters, self.packing)
-        keys = Keys.generate(self.backend, set(inference.rotations) | set(self.plan.rotations), progress, bootstrapping=bootstrapping)
+        keys = Keys.generate(self.backend, set(inference.rotations) | set(self.plan.rotations), progress)
         self.client.use_keys(keys)
         return keys
 

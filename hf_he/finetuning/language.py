@@ -113,8 +113,8 @@ class EncryptedTextTrainer:
         own.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self._ready:
             self._announce("Generating keys")
-            keys = self.training.keygen(bootstrapping=self.refresh == "bootstrap")
-            keys.save(own / "keys")
+            keys = self.training.keygen()
+            keys.save(own / "keys", bootstrapping=self.refresh == "bootstrap")
             self.client.use_keys(replace(keys, evaluation=None))
             write_file(own / RUN_FILE, json.dumps(self._saved).encode(), secret=True)
             self._ready = True

@@ -50,10 +50,10 @@ class LanguageTrainingClient(TrainingClient):
         """What a step of this run needs."""
         return plan_language_step(load_decoder(self.client.directory), self.backend.parameters, self.packing, self.settings)
 
-    def keygen(self, progress: Callable[[int, int], None] | None = None, *, bootstrapping: bool = False) -> Keys:
+    def keygen(self, progress: Callable[[int, int], None] | None = None) -> Keys:
         """Keys for the rotations of training, and of generation with the adapter encrypted as it then is."""
         rotations = generation_rotations(load_decoder(self.client.directory), self.backend.parameters, self.packing, self.client.max_tokens, self.lora)
-        keys = Keys.generate(self.backend, rotations | set(self.plan.rotations), progress, bootstrapping=bootstrapping)
+        keys = Keys.generate(self.backend, rotations | set(self.plan.rotations), progress)
         self.client.use_keys(keys)
         return keys
 

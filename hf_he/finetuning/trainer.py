@@ -176,8 +176,8 @@ class EncryptedTrainer:
         self.training = TrainingClient(client, settings, RunId(saved["run"], order), args.seed, folder)
         if not ready:
             self._announce("Generating keys")
-            generated = self.training.keygen(bootstrapping=args.refresh == "bootstrap")
-            generated.save(keys)
+            generated = self.training.keygen()
+            generated.save(keys, bootstrapping=args.refresh == "bootstrap")
             client.use_keys(replace(generated, evaluation=None))
         if not known:
             write_file(own / RUN_FILE, json.dumps(saved).encode(), secret=True)
