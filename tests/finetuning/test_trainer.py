@@ -76,7 +76,7 @@ def test_a_run_is_its_plaintext_twin_and_gives_back_a_plain_adapter(run_in_proce
 
 def test_bootstrapping_needs_no_client(new_trainer, in_process):
     """Gradients are scaled up for the bootstraps' error, and the weights are refreshed in two iterations: after two steps the adapter's change
-    is the twin's within 5e-2 (2e-2 of the whole adapter is asked for). A step follows the smallest scaled gradients, so their errors count most."""
+    is the twin's within 5e-2 (2e-2 of the whole adapter is asked for)."""
     options = {"refresh": "bootstrap", "per_device_train_batch_size": 5}
     new_trainer(**options).prepare()
     with in_process(refresh="bootstrap") as server:
