@@ -41,7 +41,7 @@ $(FHELIUM_VENV)/.installed: pyproject.toml requirements/constraints.txt requirem
 	@test -n "$(PYTHON312)" || { echo "FHElium needs Python 3.12: install it, or run make PYTHON312=/path/to/python3.12 test-fhelium"; exit 1; }
 	@$(PYTHON312) -m venv $(FHELIUM_VENV)
 	@echo "Installing into $(FHELIUM_VENV) and compiling FHElium for $(FHELIUM_BACKENDS) (about ten minutes)"
-	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[serve,test]'
+	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[all,test]'
 	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements/fhelium.txt -r requirements/fhelium-build.txt
 	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 		--no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
