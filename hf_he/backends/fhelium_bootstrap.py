@@ -197,6 +197,9 @@ class FheliumEvaluator:
     def relinearize(self, a: torch.Tensor, keys: GaloisKeys) -> torch.Tensor:
         return self._payload(self.engine.relinearize(self._value(a), keys.relinearization, output_domain="ntt"))
 
+    def relinearize_rescale(self, a: torch.Tensor, keys: GaloisKeys) -> torch.Tensor:
+        return self.rescale(self.relinearize(a, keys))
+
     def switch_key(self, a: torch.Tensor, key: Any) -> torch.Tensor:
         return self._payload(self.engine.switch_key(self._coefficients(a), key, output_domain="ntt"))
 
