@@ -38,12 +38,13 @@ CALIBRATION_BATCHES = 16
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: `rank` of the adapters, `squarings` k of (1 + x/2^k)^(2^k), `norm_degree` of 1 / sqrt (no Newton step), `activation_degree`."""
+    """One setting: `rank` of the adapters, `squarings` k of (1 + x/2^k)^(2^k), `norm_degree` of 1 / sqrt (no Newton step), `activation_degree`.
+    A degree of None leaves each layer its own."""
 
     rank: int = 2
     squarings: int = 5
-    norm_degree: int = 7
-    activation_degree: int = 7
+    norm_degree: int | None = None
+    activation_degree: int | None = None
 
     def apply(self, model: nn.Module) -> None:
         """Give a calibrated model these polynomials on the intervals it has. Raises ApproximationError when one cannot be fitted."""
@@ -52,8 +53,8 @@ class Point:
             if "squarings" in entry:
                 entry = entry | {"squarings": self.squarings}
             elif "newton_steps" in entry:
-                entry = entry | {"degree": self.norm_degree, "newton_steps": 0}
-            else:
+                entry = entry if self.norm_degree is None else entry | {"degree": self.norm_degree, "newton_steps": 0}
+            elif self.activation_degree is not None:
                 entry = entry | {"degree": self.activation_degree}
             approximations[name] = entry
         model.set_approximations(approximations)
@@ -65,15 +66,16 @@ class Axes:
 
     rank: Sequence[int] = (2, 1, 4, 8)
     squarings: Sequence[int] = (5, 4, 6, 8, 10)
-    norm_degree: Sequence[int] = (7, 3, 15)
-    activation_degree: Sequence[int] = (7, 3, 15)
+    norm_degree: Sequence[int | None] = (None, 7, 15, 31)
+    activation_degree: Sequence[int | None] = (None, 3, 7, 15)
 
     def points(self) -> list[Point]:
-        """The centre, then one axis at a time, then the lowest and the highest of all axes together."""
+        """The centre, then one axis at a time, then the lowest and the highest numbers of all axes together."""
         values = {name: tuple(getattr(self, name)) for name in asdict(Point())}
         centre = Point(**{name: choices[0] for name, choices in values.items()})
         found = [centre, *(replace(centre, **{name: value}) for name, choices in values.items() for value in choices[1:])]
-        found += [Point(**{name: pick(choices) for name, choices in values.items()}) for pick in (min, max)]
+        for pick in (min, max):
+            found.append(Point(**{name: pick((value for value in choices if value is not None), default=None) for name, choices in values.items()}))
         return list(dict.fromkeys(found))
 
 
@@ -262,7 +264,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
             continue
         changed = [name for name in names if row[name] != centre[name]]
         kind = changed[0] if len(changed) == 1 else ""
-        label = ", ".join(f"{names[name]} = {row[name]}" for name in changed) or "centre"
+        label = ", ".join(f"{names[name]} = {row[name] or 'own'}" for name in changed) or "centre"
         spread = [[row["score"] - row["lowest"]], [row["highest"] - row["score"]]]
         axis.errorbar(row["step_seconds"], row["score"], yerr=spread, fmt=markers[kind], color=f"C{list(markers).index(kind)}", capsize=2)
         right = row["step_seconds"] > middle

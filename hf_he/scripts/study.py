@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-LEARNING_RATE = 4e-3
-"""What the start model's own intervals allow: the study compares polynomials on these, not on those a recipe replaces them with."""
+OWN = "own"
+"""In place of a degree: every layer keeps the recipe's."""
 
 
 def study(
@@ -17,8 +17,8 @@ def study(
     output_dir: Annotated[Path, typer.Option(help="Folder for results.jsonl, study.png and table.md; finished points are not run again.")] = Path("out/study"),
     ranks: Annotated[str, typer.Option(help="LoRA ranks; the first value of every axis is the centre.")] = "2,1,4,8",
     squarings: Annotated[str, typer.Option(help="Kernel squarings k of (1 + x/2^k)^(2^k).")] = "5,4,6,8,10",
-    norm_degrees: Annotated[str, typer.Option(help="Degrees of LayerNorm's 1 / sqrt.")] = "7,3,15",
-    activation_degrees: Annotated[str, typer.Option(help="Degrees of the activations.")] = "7,3,15",
+    norm_degrees: Annotated[str, typer.Option(help="Degrees of LayerNorm's 1 / sqrt; own: the recipe's.")] = "own,7,15,31",
+    activation_degrees: Annotated[str, typer.Option(help="Degrees of the activations; own: the recipe's.")] = "own,3,7,15",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each point.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each point, with seeds 0, 1, ...")] = 1,
     parameters: Annotated[str | None, typer.Option(help="CKKS parameter set of the cost; default: the recipe's.")] = None,
@@ -36,12 +36,13 @@ def study(
 
     logging.set_verbosity_error()
     recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
-    arguments = recipe.training_arguments(max_steps=steps, parameters=parameters, learning_rate=LEARNING_RATE)
+    arguments = recipe.training_arguments(max_steps=steps, parameters=parameters)
     settings = arguments.settings(1, divisor=1.0, eps=0.02, loss_bound=12.0)
-    chosen = {"--ranks": ranks, "--squarings": squarings, "--norm-degrees": norm_degrees, "--activation-degrees": activation_degrees}
-    points = Axes(*(_numbers(text, option) for option, text in chosen.items())).points()
+    numbers = [_numbers(text, option) for option, text in {"--ranks": ranks, "--squarings": squarings}.items()]
+    degrees = [_numbers(text, option, OWN) for option, text in {"--norm-degrees": norm_degrees, "--activation-degrees": activation_degrees}.items()]
+    points = Axes(*numbers, *degrees).points()
     train, dev = recipe.datasets()[0], load_dataset(recipe.task, "dev", recipe.data_dir)
-    runner = Study(recipe.model_folder, train, dev, settings, arguments.parameter_set_name, output_dir / "results.jsonl", range(seeds))
+    runner = Study(recipe.start_model(output_dir), train, dev, settings, arguments.parameter_set_name, output_dir / "results.jsonl", range(seeds))
     measured = []
     with progress_bar(f"{len(points)} points, {seeds} runs each") as progress:
         for entry in runner.run(points):
@@ -78,7 +79,7 @@ def markdown(rows) -> str:
 
 
 def _cells(row) -> tuple[str, ...]:
-    setting = tuple(str(row[name]) for name in ("rank", "squarings", "norm_degree", "activation_degree"))
+    setting = tuple(OWN if row[name] is None else str(row[name]) for name in ("rank", "squarings", "norm_degree", "activation_degree"))
     scores = ("", row["error"].split(":")[0], "")
     if row["score"] is not None:
         spread = f" ({row['lowest']:.4f} to {row['highest']:.4f})" if row["lowest"] < row["highest"] else ""
@@ -89,11 +90,9 @@ def _cells(row) -> tuple[str, ...]:
     return (*setting, *scores, f"{row['step_seconds']:.1f}", str(row["step_refreshes"]), rotations, f"{row['inference_seconds']:.2f}")
 
 
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
-        raise typer.BadParameter(f"{option} takes whole numbers from 1 on, separated by commas, got {text!r}")
-    return values
+def _numbers(text: str, option: str, none: str = "") -> tuple[int | None, ...]:
+    """The numbers in `text`, None for the word `none`."""
+    parts = text.split(",")
+    if not all(part == none or (part.isdecimal() and int(part) >= 1) for part in parts):
+        raise typer.BadParameter(f"{option} takes whole numbers from 1 on{f' or {none}' if none else ''}, separated by commas, got {text!r}")
+    return tuple(None if part == none else int(part) for part in parts)

@@ -7,6 +7,7 @@ import pytest
 from tiny_model import SENTENCES, save_tiny_model
 from typer.testing import CliRunner
 
+from hf_he.checkpoints import load_classifier
 from hf_he.cli import app
 from hf_he.data import TextDataset
 from hf_he.errors import CorruptFileError
@@ -36,6 +37,16 @@ def test_points_vary_one_axis_at_a_time():
     assert points == [Point(2, 5, 7, 7), Point(8, 5, 7, 7), Point(2, 5, 3, 7), Point(8, 5, 7, 7), Point(2, 5, 3, 7)][:3]
     both = Axes(rank=(2, 1), squarings=(5, 4), norm_degree=(7,), activation_degree=(7,)).points()
     assert Point(1, 4, 7, 7) in both and len(both) == 4
+
+
+def test_own_degrees_are_left_alone_and_are_no_extreme(directory):
+    points = Axes(rank=(2,), squarings=(5,), norm_degree=(None, 7, 31), activation_degree=(None,)).points()
+    assert points == [Point(), Point(norm_degree=7), Point(norm_degree=31)]
+    model = load_classifier(directory)
+    before = {name: entry.get("degree") for name, entry in model.config.approximations.items()}
+    Point(squarings=6, activation_degree=15).apply(model)
+    for name, entry in model.config.approximations.items():
+        assert entry.get("degree") == (before[name] if "newton_steps" in entry or "squarings" in entry else 15)
 
 
 def test_a_run_measures_quality_and_cost_and_goes_on_where_it_stopped(runner, monkeypatch):
@@ -104,4 +115,5 @@ def test_the_command_writes_table_and_plot(directory, tmp_path, monkeypatch):
     table = (tmp_path / "out" / "table.md").read_text()
     assert "**0.8000**" in table and "ApproximationError" in table
     assert (tmp_path / "out" / "study.png").is_file()
-    assert CliRunner().invoke(app, ["study", "--config", str(recipe), "--ranks", "two"]).exit_code == 2
+    for wrong in (["--ranks", "two"], ["--ranks", "own"], ["--norm-degrees", "own,0"]):
+        assert CliRunner().invoke(app, ["study", "--config", str(recipe), *wrong]).exit_code == 2
