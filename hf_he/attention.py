@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,19 @@ DEFAULT_POWER = 4
 DEFAULT_POWER_EPS = 1e-3
 
 
+def _overridable(attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Leave calls whose query, key or value has a `__torch_function__` of its own to that."""
+
+    @wraps(attention)
+    def overridable(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if has_torch_function((query, key, value)):
+            return handle_torch_function(overridable, (query, key, value), module, query, key, value, *args, **kwargs)
+        return attention(module, query, key, value, *args, **kwargs)
+
+    return overridable
+
+
+@_overridable
 def gaussian_kernel_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -63,23 +77,11 @@ def gaussian_kernel_attention(
         RangeError: polynomial mode, outside a `RangeTracker`, an exponent left the fitted interval.
         UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks / position biases.
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(
-            gaussian_kernel_attention,
-            (query, key, value),
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
     return _weighted_sum(module, _gaussian_weights(module, query, key, mask, scaling), value, dropout)
 
 
+@_overridable
 def normalized_gaussian_kernel_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -95,19 +97,6 @@ def normalized_gaussian_kernel_attention(
     eps is `power_softmax_eps` of `module.config`, added to the sum, or with `power_softmax_length_agnostic` to the mean over the row's valid keys. The
     reciprocal is of eps + mean in both cases: the real one, or the approximation of `module.normalizer` (a `Reciprocal`).
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(
-            normalized_gaussian_kernel_attention,
-            (query, key, value),
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
     weights = _gaussian_weights(module, query, key, mask, scaling)
     length: torch.Tensor | float = float(key.shape[-2]) if mask is None else mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -133,6 +122,7 @@ def _gaussian_weights(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
     return weights if mask is None else weights * mask
 
 
+@_overridable
 def power_softmax_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -152,19 +142,6 @@ def power_softmax_attention(
     length-agnostic form that is evaluated under encryption. With a constant divisor both modes are the same polynomial, and
     `module.kernel_approximation` (a `Polynomial`) only tells the interval of the shifted scores.
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(
-            power_softmax_attention,
-            (query, key, value),
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **kwargs,
-        )
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
     config = getattr(module, "config", None)
     power = getattr(config, "power_softmax_degree", DEFAULT_POWER)

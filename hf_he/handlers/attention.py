@@ -23,57 +23,37 @@ from hf_he.tensor import HEADS, MASK, SPLIT, EncryptedTensor, handler, unsupport
 
 
 @handler(gaussian_kernel_attention)
-def _attention(
-    module: torch.nn.Module,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[EncryptedTensor, None]:
-    name = gaussian_kernel_attention
+def _gaussian_kernel(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[EncryptedTensor, None]:
     approximation = getattr(module, "kernel_approximation", None)
     if not isinstance(approximation, KernelExponential):
-        raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
-    if cached.is_cached(key):
-        return cached.attend(name, module, query, key, value, scaling, approximation)
-    (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
-    operands = (query.operand, key.operand, value.operand)
-    batch, heads, tokens, head_dim = query.shape
-    context, causal = query.session, getattr(module, "is_causal", False)
-    scaling = head_dim**-0.5 if scaling is None else scaling
-    if trained:
-        form = FeatureMajorKernel if context.packing.features == 1 else GaussianKernel
-        kernel = form(heads, scaling, approximation, context.levels(module), causal)
-        return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
-    levels = context.levels(module) or attention.default_levels(context, approximation.squarings, causal)
-    form = feature_major_attention if context.packing.features == 1 else attention
-    out = form.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
-    return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
+        raise _exact(gaussian_kernel_attention)
+    return _attend(gaussian_kernel_attention, approximation, None, module, *args, **kwargs)
 
 
 @handler(power_softmax_attention)
-def _power_softmax(
-    module: torch.nn.Module,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[EncryptedTensor, None]:
-    name = power_softmax_attention
+def _power_softmax(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[EncryptedTensor, None]:
     approximation = getattr(module, "kernel_approximation", None)
     if not isinstance(approximation, Reciprocal | Polynomial):
-        raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
-    return _divided(name, module, query, key, value, attention_mask, scaling, dropout, power_softmax_form(module.config), approximation)
+        raise _exact(power_softmax_attention)
+    return _attend(power_softmax_attention, approximation, power_softmax_form(module.config), module, *args, **kwargs)
 
 
 @handler(normalized_gaussian_kernel_attention)
-def _normalized_gaussian_kernel(
+def _normalized_gaussian_kernel(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[EncryptedTensor, None]:
+    exponential, reciprocal = getattr(module, "kernel_approximation", None), getattr(getattr(module, "normalizer", None), "approximation", None)
+    if not isinstance(exponential, KernelExponential) or reciprocal is None:
+        raise _exact(normalized_gaussian_kernel_attention)
+    return _attend(normalized_gaussian_kernel_attention, reciprocal, normalized_kernel_form(module.config, exponential), module, *args, **kwargs)
+
+
+def _exact(name: Callable) -> Exception:
+    return unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
+
+
+def _attend(
+    name: Callable,
+    approximation: KernelExponential | Reciprocal | Polynomial,
+    form: power_softmax.PowerSoftmax | None,
     module: torch.nn.Module,
     query: Any,
     key: Any,
@@ -83,40 +63,29 @@ def _normalized_gaussian_kernel(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[EncryptedTensor, None]:
-    name = normalized_gaussian_kernel_attention
-    exponential, reciprocal = getattr(module, "kernel_approximation", None), getattr(getattr(module, "normalizer", None), "approximation", None)
-    if not isinstance(exponential, KernelExponential) or reciprocal is None:
-        raise unsupported(name, " in exact mode: call model.set_mode('polynomial') first")
-    return _divided(name, module, query, key, value, attention_mask, scaling, dropout, normalized_kernel_form(module.config, exponential), reciprocal)
-
-
-def _divided(
-    name: Callable,
-    module: torch.nn.Module,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None,
-    dropout: float,
-    form: power_softmax.PowerSoftmax,
-    approximation: Reciprocal | Polynomial,
-) -> tuple[EncryptedTensor, None]:
-    """Powers over their row sums, or over a constant."""
+    """The Gaussian kernel, or with a `form` its powers over their row sums or over a constant."""
     if cached.is_cached(key):
         return cached.attend(name, module, query, key, value, scaling, approximation, form)
     (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
-    operands = (query.operand, key.operand, value.operand)
     batch, heads, tokens, head_dim = query.shape
-    context = query.session
+    context, causal = query.session, getattr(module, "is_causal", False)
     scaling = head_dim**-0.5 if scaling is None else scaling
-    causal = getattr(module, "is_causal", False)
+    levels, feature_major = context.levels(module), context.packing.features == 1
     if trained:
-        if context.packing.features == 1:
+        if form is None:
+            kernel = (FeatureMajorKernel if feature_major else GaussianKernel)(heads, scaling, approximation, levels, causal)
+        elif feature_major:
             raise unsupported(name, " that can be differentiated with one feature per ciphertext: pack the hidden size of the model")
-        kernel = PowerKernel(heads, scaling, form, approximation, context.levels(module), causal)
+        else:
+            kernel = PowerKernel(heads, scaling, form, approximation, levels, causal)
         return autograd.call(autograd.Attention, query, key, value, attention_mask, kernel), None
-    out = power_softmax.encrypted(context, *operands, mask, heads, scaling, form, approximation, causal, context.levels(module))
+    operands = (query.operand, key.operand, value.operand)
+    if form is None:
+        levels = levels or attention.default_levels(context, approximation.squarings, causal)
+        gaussian = feature_major_attention if feature_major else attention
+        out = gaussian.encrypted(context, *operands, mask, heads, scaling, approximation, levels, causal)
+    else:
+        out = power_softmax.encrypted(context, *operands, mask, heads, scaling, form, approximation, causal, levels)
     return EncryptedTensor(Operand(context, heads * head_dim, out), (batch, tokens, heads, head_dim), SPLIT), None
 
 

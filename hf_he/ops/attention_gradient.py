@@ -13,7 +13,7 @@ Sums over the babies belong to queries (rotated by g b), sums over the giants to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -165,8 +165,8 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         at = product_level(saved, kernel_level, min(do.level, v.level))
         do = backend.drop_level(do, max(value_level, at if for_scores else 0))
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
-        errors = _errors(context, layout, backend.drop_level(rotated, at), v, saved.scaling) if for_scores else None
-        weights, slopes = narrow(context, saved, errors, kernel_level)
+        found = errors(context, layout, backend.drop_level(rotated, at), v, saved.scaling) if for_scores else None
+        weights, slopes = narrow(context, saved, found, kernel_level)
         if slopes is not None:
             dq, dk = query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
@@ -196,12 +196,19 @@ def product_level(saved: Saved, kernel_level: int, available: int) -> int:
     return level if level <= available else attention.SCORE_DEPTH
 
 
-def _errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, scaling: float) -> Ciphertext:
-    """[score ciphertexts]: scaling * do_i . v_j in the place of score (i, j), two levels below `rotated_do` [giants]."""
-    backend = context.backend
-    rotated_v = backend.rotate(backend.drop_level(v, rotated_do.level), attention.baby_steps(layout))
-    products = (backend.multiply(rotated_v, backend.reshape(backend.take(rotated_do, g), (1,))) for g in range(layout.giants))
-    return attention.collect(context, layout, products, scaling)
+def errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, factor: float, out: Ciphertext | None = None) -> Ciphertext:
+    """[score ciphertexts]: factor * do_i . (v_j - o_i) in the place of score (i, j), two levels below `rotated_do` [giants]; without `out`, o is 0."""
+    backend, level = context.backend, rotated_do.level
+    v = backend.drop_level(v, level) if out is None else backend.match_level(v, level)
+    rotated_v = backend.rotate(v, attention.baby_steps(layout))
+    rotated_out = None if out is None else backend.rotate(backend.match_level(out, level), attention.giant_steps(layout, -1))
+
+    def products() -> Iterator[Ciphertext]:
+        for g in range(layout.giants):
+            difference = rotated_v if rotated_out is None else backend.subtract(rotated_v, _giant(context, rotated_out, g))
+            yield backend.multiply(difference, _giant(context, rotated_do, g))
+
+    return attention.collect(context, layout, products(), factor)
 
 
 def narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
@@ -235,23 +242,38 @@ def weights_and_slopes(
 
 
 def query_and_key(
-    context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
+    context: OperationContext,
+    layout: ScoreLayout,
+    q: Ciphertext,
+    k: Ciphertext,
+    slopes: Ciphertext,
+    needs: tuple[bool, bool, bool],
+    output: int,
+    distances: bool = True,
 ) -> tuple[Ciphertext | None, Ciphertext | None]:
-    """sum_j slope_ij (k_j - q_i), and minus the same sum over i, at `output`."""
+    """At `output`, of scores -|q_i - k_j|^2 / 2: sum_j slope_ij (k_j - q_i), and minus the same sum over i; of q_i . k_j: sum_j slope_ij k_j and
+    sum_i slope_ij q_i."""
     backend = context.backend
     rotated_k = backend.rotate(backend.match_level(k, output + 1), attention.baby_steps(layout))
     rotated_q = backend.rotate(backend.match_level(q, output + 1), attention.giant_steps(layout, -1))
     queries: list[Ciphertext] = []
     keys: Ciphertext | None = None
     for g, copied in enumerate(attention.copies(context, layout, slopes, rotated_k)):
-        product = backend.multiply(copied, backend.subtract(rotated_k, backend.reshape(backend.take(rotated_q, g), (1,))))
+        one_q = _giant(context, rotated_q, g)
+        both = backend.multiply(copied, backend.subtract(rotated_k, one_q)) if distances else None
         if needs[0]:
-            queries.append(backend.sum(product))
+            queries.append(backend.sum(both or backend.multiply(copied, rotated_k)))
         if needs[1]:
+            product = both or backend.multiply(copied, one_q)
             keys = product if keys is None else backend.add(keys, product)
     dq = aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
-    dk = None if keys is None else backend.negate(aligned(context, keys, attention.baby_steps(layout, -1)))
-    return dq, dk
+    dk = None if keys is None else aligned(context, keys, attention.baby_steps(layout, -1))
+    return dq, backend.negate(dk) if distances and dk is not None else dk
+
+
+def _giant(context: OperationContext, rotated: Ciphertext, g: int) -> Ciphertext:
+    """[1]: one of [giants], beside all babies."""
+    return context.backend.reshape(context.backend.take(rotated, g), (1,))
 
 
 def value_gradient(context: OperationContext, layout: ScoreLayout, weights: Ciphertext, rotated_do: Ciphertext) -> Ciphertext:
@@ -259,7 +281,7 @@ def value_gradient(context: OperationContext, layout: ScoreLayout, weights: Ciph
     backend = context.backend
     total: Ciphertext | None = None
     for g, copied in enumerate(attention.copies(context, layout, weights, rotated_do)):
-        product = backend.multiply(copied, backend.reshape(backend.take(rotated_do, g), (1,)))
+        product = backend.multiply(copied, _giant(context, rotated_do, g))
         total = product if total is None else backend.add(total, product)
     assert total is not None
     return aligned(context, total, attention.baby_steps(layout, -1))

@@ -5,7 +5,7 @@ rowsum(dP P)_i = do_i . o_i, so that no row is summed or spread again: with do' 
 
     ds_ij = w'(s_ij) do'_i . (v_j - o_i)        dv_j = sum_i w_ij do'_i        dq_i = scaling sum_j ds_ij k_j        dk_j = scaling sum_i ds_ij q_i
 
-Scores lie as in `hf_he.ops.attention`.
+Scores lie as in `hf_he.ops.attention`; the sums of the gradients are in `hf_he.ops.attention_gradient`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from hf_he.backends.base import Ciphertext
 from hf_he.ops import attention, reduce
-from hf_he.ops.attention_gradient import aligned
 from hf_he.ops.context import OperationContext
 from hf_he.packing import ScoreLayout
 
@@ -39,41 +38,6 @@ def row_sums(context: OperationContext, layout: ScoreLayout, weights: Ciphertext
     total = backend.sum_rotated(weights, _ciphertext_steps(layout))
     total = context.multiply_constant(total, ("first of head", layout.head_dim), lambda: reduce.first_of(layout.head_dim))
     return reduce.replicate_features(context, total, layout.head_dim)
-
-
-def errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertext, v: Ciphertext, out: Ciphertext | None, factor: float) -> Ciphertext:
-    """[score ciphertexts]: factor * do'_i . (v_j - o_i) in the place of score (i, j), two levels below `rotated_do` [giants]; without `out`, o is 0."""
-    backend, level = context.backend, rotated_do.level
-    rotated_v = backend.rotate(backend.match_level(v, level), attention.baby_steps(layout))
-    rotated_out = None if out is None else backend.rotate(backend.match_level(out, level), attention.giant_steps(layout, -1))
-
-    def products() -> Iterator[Ciphertext]:
-        for g in range(layout.giants):
-            do = backend.reshape(backend.take(rotated_do, g), (1,))
-            difference = rotated_v if rotated_out is None else backend.subtract(rotated_v, backend.reshape(backend.take(rotated_out, g), (1,)))
-            yield backend.multiply(difference, do)
-
-    return attention.collect(context, layout, products(), factor)
-
-
-def query_and_key(
-    context: OperationContext, layout: ScoreLayout, q: Ciphertext, k: Ciphertext, slopes: Ciphertext, needs: tuple[bool, bool, bool], output: int
-) -> tuple[Ciphertext | None, Ciphertext | None]:
-    """sum_j slope_ij k_j and sum_i slope_ij q_i at `output`."""
-    backend = context.backend
-    rotated_k = backend.rotate(backend.match_level(k, output + 1), attention.baby_steps(layout))
-    rotated_q = backend.rotate(backend.match_level(q, output + 1), attention.giant_steps(layout, -1))
-    queries: list[Ciphertext] = []
-    keys: Ciphertext | None = None
-    for g, copied in enumerate(attention.copies(context, layout, slopes, rotated_k)):
-        if needs[0]:
-            queries.append(backend.sum(backend.multiply(copied, rotated_k)))
-        if needs[1]:
-            product = backend.multiply(copied, backend.reshape(backend.take(rotated_q, g), (1,)))
-            keys = product if keys is None else backend.add(keys, product)
-    dq = aligned(context, backend.stack(queries), attention.giant_steps(layout)) if needs[0] else None
-    dk = None if keys is None else aligned(context, keys, attention.baby_steps(layout, -1))
-    return dq, dk
 
 
 def row_rotations(layout: ScoreLayout) -> set[int]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from hf_he.approximation import Polynomial, Reciprocal
 from hf_he.backends.base import Ciphertext
-from hf_he.ops import attention, attention_gradient, normalised, power_softmax
+from hf_he.ops import attention, attention_gradient, power_softmax
 from hf_he.ops.attention_gradient import GRADIENT_DEPTH, BlockGradients, Gradients, gradients_by_block, output_level
 from hf_he.ops.context import OperationContext
 from hf_he.ops.operand import Operand
@@ -155,11 +155,11 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
         if for_scores:
             factor = saved.scaling * saved.factors.uniform * (1.0 if saved.factors.form.distances else saved.factors.form.power)
-            errors = normalised.errors(context, layout, backend.match_level(rotated, product_level), have["v"], have.get("out"), factor)
+            errors = attention_gradient.errors(context, layout, backend.match_level(rotated, product_level), have["v"], factor, have.get("out"))
         weights, slopes = _narrow(context, layout, saved, errors, level)
         if slopes is not None:
-            of_scores = attention_gradient if saved.factors.form.distances else normalised
-            dq, dk = of_scores.query_and_key(context, layout, have["q"], have["k"], slopes, needs, output)
+            distances = saved.factors.form.distances
+            dq, dk = attention_gradient.query_and_key(context, layout, have["q"], have["k"], slopes, needs, output, distances)
         if for_values:
             dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, value_level))
     return dq, dk, dv

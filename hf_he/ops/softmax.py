@@ -21,11 +21,11 @@ import torch
 
 from hf_he.approximation import KernelExponential, Reciprocal
 from hf_he.backends.base import Ciphertext
-from hf_he.ops import attention, attention_gradient, normalised
+from hf_he.ops import attention, attention_gradient
 from hf_he.ops.attention_gradient import BlockGradients, Gradients, gradients_by_block
 from hf_he.ops.context import OperationContext
 from hf_he.ops.goldschmidt import evaluate_reciprocal
-from hf_he.ops.normalised import dot_products, query_and_key, row_rotations, row_sums
+from hf_he.ops.normalised import dot_products, row_rotations, row_sums
 from hf_he.ops.operand import Operand
 from hf_he.ops.placement import AttentionLevels
 from hf_he.packing import Packing, ScoreLayout
@@ -113,9 +113,10 @@ def _forward(
         scores = attention.collect(context, layout, dot_products(context, layout, q, rotated_k), scaling / degree)
         scores = backend.add_scalar(scores, -form.maximum / degree)
         weights = attention.kernel(context, scores, form.exponential.squarings, levels.value + 2)
-        weights = _masked(context, layout, weights, mask, form.gain, levels.value + 2)
+        with backend.log.measure("kernel"):
+            weights = _masked(context, layout, weights, mask, form.gain, levels.value + 2)
+            inverse = evaluate_reciprocal(context, _mapped_row_sums(context, layout, weights, form), form.reciprocal, levels.value - 1)
         out = backend.take(attention.weighted_sum(context, layout, weights, rotated_v), 0)
-        inverse = evaluate_reciprocal(context, _mapped_row_sums(context, layout, weights, form), form.reciprocal, out.level)
         out = context.product(out, backend.match_level(inverse, out.level))
     return Saved(heads, scaling, form, mask, q, k, v, scores, inverse, out)
 
@@ -149,11 +150,11 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
         rotated = backend.rotate(scaled, attention.giant_steps(layout, -1))
         if for_scores:
             q, k, v, out = others
-            errors = normalised.errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, out, saved.scaling)
+            errors = attention_gradient.errors(context, layout, backend.match_level(rotated, attention.SCORE_DEPTH), v, saved.scaling, out)
         weights, slopes = attention_gradient.weights_and_slopes(context, saved.scores, errors, saved.form.exponential.squarings, level)
         if slopes is not None:
             slopes = _masked(context, layout, slopes, saved.mask, saved.form.gain, level)
-            dq, dk = query_and_key(context, layout, q, k, slopes, needs, output)
+            dq, dk = attention_gradient.query_and_key(context, layout, q, k, slopes, needs, output, distances=False)
         if for_values:
             weights = _masked(context, layout, weights, saved.mask, saved.form.gain, level)
             dv = attention_gradient.value_gradient(context, layout, weights, backend.match_level(rotated, output + 1))
