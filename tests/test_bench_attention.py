@@ -6,8 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_he.bench import attention
-from hf_he.ckks.parameters import CKKSParameters
+from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.cli import app
+from hf_he.ops.placement import AttentionLevels
+from hf_he.packing import Packing, ScoreLayout
+from hf_he.planner import CountingSession
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,19 @@ def test_priced_rows_include_bootstraps():
     for row in found.values():
         assert (row["seconds"] > row["seconds_without_refreshes"]) == (row["refreshed"] > 0)
     assert found["softmax"]["ratio"] > 1.0 == found["power_softmax"]["ratio"]
+    assert found["softmax"]["function_ratio"] > found["softmax"]["ratio"]
+
+
+def test_only_softmax_and_kernel_refresh_scores_at_the_levels_of_the_function():
+    parameters = parameter_set(attention.PRICED)
+    session = CountingSession(parameters, Packing.fit(parameters.slots, 16, 128))
+    scores = ScoreLayout(session.packing, 1).ciphertexts
+    refreshed = {}
+    for operator in attention.operators(*attention.sample(session.packing)):
+        attention._price_at(operator, session, AttentionLevels(attention.FUNCTION_QUERY_LEVEL, 2))
+        refreshed[operator.name] = [count for _, count in session.backend.refreshes]
+    assert scores == 8 and scores not in refreshed["power_softmax"]
+    assert refreshed["softmax"][0] == refreshed["gaussian_kernel"][0] == scores
 
 
 def test_printed_figures_are_ratios_to_power_softmax():
