@@ -1,11 +1,10 @@
-"""Gradients of every encrypted operation and of whole models with PEFT LoRA against torch's autograd of the polynomial model."""
-
-import copy
+"""Gradients of every encrypted operation against torch's autograd of the polynomials."""
 
 import pytest
 import torch
-from encrypted_adapter import adapted, decrypted, install, leaf, relative_error
-from test_tensor import TOKENS, calibrated, inputs, small_model
+from encrypted_adapter import decrypted, leaf, relative_error
+from gradients import TOLERANCE, check, encrypted_labels, in_polynomial_mode
+from test_tensor import TOKENS
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function
@@ -15,45 +14,8 @@ from hf_he.approximation import kernel_exponential
 from hf_he.attention import gaussian_kernel_attention
 from hf_he.autograd import Loss
 from hf_he.errors import ParameterError, ShapeError, UnsupportedEncryptedOperation
-from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
 from hf_he.ops.operand import Operand
-from hf_he.tensor import EncryptedSession, handler, required_rotations, state_tensor
-
-TOLERANCE = 1e-3
-
-
-def encrypted_gradient(lab, values: torch.Tensor, pooled: bool):
-    """Upstream gradients [B, T, F], or [B, F] of pooled states."""
-    if not pooled:
-        return lab.encrypt(values)
-    spread = torch.zeros(lab.packing.sequences, lab.packing.tokens, values.shape[-1], dtype=torch.float64)
-    spread[:, 0] = values
-    return state_tensor(Operand(lab.session, values.shape[-1], lab.encrypt(spread).ciphertext, pooled=True))
-
-
-def check(lab, function, *values, level=None, tolerance=TOLERANCE):
-    """`function` of encrypted states [B, T, F], trained matrices [out, in] and vectors [features]: gradients of all of them."""
-    plain = [value.clone().requires_grad_() for value in values]
-    states = [lab.encrypt(value, level).requires_grad_() if value.ndim == 3 else leaf(lab, value) for value in values]
-    expected, found = function(*plain), function(*states)
-    assert found.shape == expected.shape
-    upstream = lab.random(*expected.shape)
-    expected.backward(upstream)
-    torch.autograd.backward([found], [encrypted_gradient(lab, upstream, expected.ndim == 2)])
-    for tensor, state in zip(plain, states, strict=True):
-        if tensor.ndim == 3:
-            gradient = lab.decrypt(state.grad.ciphertext, tensor.shape[-1]).numpy()
-            assert abs(state.grad.ciphertext.scale / lab.backend.parameters.scale_at(state.grad.level) - 1) < 1e-9
-        else:
-            gradient = decrypted(lab, state.grad)
-            assert state.grad.level >= 1
-        assert relative_error(gradient, tensor.grad) <= tolerance
-
-
-def in_polynomial_mode(module, entry):
-    module.layer_name = "layer"
-    module.configure("polynomial", entry)
-    return module.double()
+from hf_he.tensor import EncryptedSession, handler
 
 
 def norm(degree=15, newton_steps=1):
@@ -211,124 +173,6 @@ def test_shapes_of_encrypted_weights_are_checked(lab):
         F.linear(lab.encrypt(lab.states()), leaf(lab, lab.random(2, 16)), torch.zeros(2))
 
 
-# ---- whole models ----
-
-
-class Run:
-    """One small model with an encrypted adapter, and the gradients torch gives of the polynomial model."""
-
-    def __init__(self, make_lab, policy="keep", targets=("query", "key", "value"), backend="simulator", **changes):
-        model = small_model(**({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | changes))
-        packing = make_lab().packing
-        self.lab = lab = make_lab(rotations=required_rotations(model.config, packing, 2, training=True), backend=backend)
-        lab.session.activations = policy
-        self.embeddings, self.mask = inputs(model, packing.sequences, TOKENS)
-        calibrated(model, self.embeddings, self.mask)
-        self.model = adapted(model, targets=targets)
-        self.upstream = lab.random(packing.sequences, model.config.num_labels)
-        self.logits = self.model(embedding_output=self.embeddings, attention_mask=self.mask).logits
-        self.logits.backward(self.upstream)
-        self.expected = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
-        self.plain = copy.deepcopy(self.model)
-        self.leaves = install(lab, self.model)
-        self.model.float()
-
-    def forward(self):
-        return self.model(embedding_output=self.lab.encrypt(self.embeddings), attention_mask=self.lab.encrypt_mask(self.mask.double())).logits
-
-    def backward(self, logits):
-        torch.autograd.backward([logits], [encrypted_gradient(self.lab, self.upstream, pooled=True)])
-
-    def check(self, tolerance=TOLERANCE, factor=1.0):
-        assert len(self.leaves) == len(self.expected) > 2
-        for name, weight in self.leaves.items():
-            assert relative_error(decrypted(self.lab, weight.grad), factor * self.expected[name]) <= tolerance, name
-
-
-@pytest.mark.parametrize("policy", ["keep", "recompute"])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_whole_model(make_lab, policy, layers):
-    run = Run(make_lab, policy, num_hidden_layers=layers)
-    logits = run.forward()
-    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=1e-5, rtol=0)
-    run.backward(logits)
-    run.check()
-    assert set(run.lab.backend.rotations_used) == required_rotations(run.model.config, run.lab.packing, 2, training=True)
-
-
-VARIANTS = {
-    "pre-norm, gated": {"norm_position": "pre", "gated_ffn": True, "hidden_act": "relu"},
-    "no pooler, deep head": {"use_pooler": False, "classifier_hidden_sizes": [8, 32]},
-    "four heads, four labels": {"num_attention_heads": 4, "num_labels": 4},
-    "odd feed-forward width": {"intermediate_size": 40},
-    "adapters everywhere": {"targets": ("query", "value", "dense")},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_model_variants(make_lab, variant):
-    run = Run(make_lab, **({"num_hidden_layers": 1} | VARIANTS[variant]))
-    run.backward(run.forward())
-    run.check()
-
-
-def test_training_mode_and_micro_batches(make_lab):
-    """model.train() with dropout 0; gradients of two micro-batches add up, and are reduced once."""
-    run = Run(make_lab, num_hidden_layers=1)
-    run.model.train()
-    run.backward(run.forward())
-    once = sum(entry.count for entry in run.lab.backend.log.trace if entry.primitive == "relinearize")
-    run.backward(run.forward())
-    run.check(factor=2.0)
-    assert sum(entry.count for entry in run.lab.backend.log.trace if entry.primitive == "relinearize") <= 2 * once + sum(
-        weight.grad.ciphertext.count for weight in run.leaves.values()
-    )
-
-
-def test_gradient_checkpointing(make_lab):
-    run = Run(make_lab)
-    run.model.gradient_checkpointing_enable({"use_reentrant": False})
-    run.model.train()
-    run.backward(run.forward())
-    run.check()
-
-
-def test_nothing_below_the_lowest_adapter_is_differentiated(make_lab):
-    run = Run(make_lab, targets=("value",), num_hidden_layers=2)
-    first, second = ({name: weight for name, weight in run.leaves.items() if f"layer.{layer}." in name or "classifier" in name} for layer in (0, 1))
-    for name, weight in run.leaves.items():
-        weight.requires_grad_(name in second)
-    run.lab.backend.log.reset()
-    logits = run.forward()
-    _ = logits.ciphertext
-    forward = run.lab.backend.log.operations()["rotate"]
-    run.backward(logits)
-    upper = run.lab.backend.log.operations()["rotate"] - forward
-    assert all(weight.grad is None for name, weight in first.items() if name not in second)
-    for weight in run.leaves.values():
-        weight.grad = None
-        weight.requires_grad_(True)
-    run.lab.backend.log.reset()
-    logits = run.forward()
-    _ = logits.ciphertext
-    run.backward(logits)
-    assert run.lab.backend.log.operations()["rotate"] - forward > 1.7 * upper
-
-
-def test_without_gradients_an_encrypted_adapter_is_only_evaluated(make_lab):
-    run = Run(make_lab, num_hidden_layers=1)
-    with torch.no_grad():
-        logits = run.forward()
-    assert not logits.requires_grad
-    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=1e-5, rtol=0)
-
-
-def test_native_gradients(make_lab):
-    run = Run(make_lab, backend="native", num_hidden_layers=1, intermediate_size=16)
-    run.backward(run.forward())
-    run.check(tolerance=1e-2)
-
-
 # ---- loss and engine ----
 
 
@@ -338,13 +182,6 @@ def half_squares(context, logits, labels):
     ct, targets, weights = context.ensure_levels([(logits.ciphertext, 2), (labels.one_hot, 2), (labels.weights, 2)])
     difference = backend.subtract(backend.match_level(ct, 2), backend.match_level(targets, 2))
     return Operand(context, logits.features, context.product(difference, backend.match_level(weights, 2)), pooled=True)
-
-
-def encrypted_labels(lab, targets, weights, **settings):
-    """[B, labels] targets and [B] weights."""
-    slots = [torch.zeros(lab.packing.sequences, lab.packing.tokens, targets.shape[1], dtype=torch.float64) for _ in range(2)]
-    slots[0][:, 0], slots[1][:, 0] = targets, weights[:, None]
-    return lab.session.labels(*(lab.encrypt(values).ciphertext for values in slots), targets.shape[1], **settings)
 
 
 def test_a_loss_without_value(lab):
@@ -357,27 +194,6 @@ def test_a_loss_without_value(lab):
     assert loss.shape == () and loss.requires_grad and "loss" in repr(loss)
     loss.backward()
     assert relative_error(decrypted(lab, trained.grad), plain.grad) <= TOLERANCE
-
-
-@pytest.mark.parametrize("num_labels", [1, 2])
-def test_a_stock_peft_model_and_its_loss(make_lab, num_labels):
-    """PeftModel(labels=...).loss.backward() against torch's own loss of the polynomial model; the last two sequences count nothing."""
-    run = Run(make_lab, num_hidden_layers=1, num_labels=num_labels)
-    lab, n = run.lab, run.lab.packing.sequences
-    classes = torch.arange(n) % 2
-    targets = classes if num_labels == 2 else lab.random(n)
-    kept = slice(0, n - 2)
-    run.plain.zero_grad()
-    run.plain(embedding_output=run.embeddings[kept], attention_mask=run.mask[kept], labels=targets[kept]).loss.backward()
-    weights = torch.tensor([1.0 / (n - 2)] * (n - 2) + [0.0] * 2, dtype=torch.float64)
-    loss = CrossEntropy(2, bound=8.0, degree=31) if num_labels == 2 else MeanSquaredError()
-    values = F.one_hot(classes, 2).double() if num_labels == 2 else targets[:, None]
-    labels = encrypted_labels(lab, values, weights, dtype=torch.int64 if num_labels == 2 else torch.float32, loss=loss)
-    found = run.model(embedding_output=lab.encrypt(run.embeddings), attention_mask=lab.encrypt_mask(run.mask.double()), labels=labels)
-    assert found.loss.shape == () and found.logits.shape == (n, num_labels)
-    found.loss.backward()
-    run.expected = {name: p.grad for name, p in run.plain.named_parameters() if p.requires_grad}
-    run.check()
 
 
 def test_a_loss_without_its_polynomials_is_refused(lab):
@@ -423,16 +239,6 @@ def test_what_has_no_backward_is_refused(lab):
         handle_torch_function(negative, (x,), x)
     with torch.no_grad():
         assert handle_torch_function(negative, (x,), x).shape == x.shape
-
-
-def test_dropout_in_training_is_refused(make_lab):
-    run = Run(make_lab, num_hidden_layers=1)
-    for module in run.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.1
-    run.model.train()
-    with pytest.raises(UnsupportedEncryptedOperation, match="dropout probabilities to 0"):
-        run.forward()
 
 
 def test_policies_are_checked(lab):

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from encrypted_adapter import decrypted, install, relative_error
-from test_autograd import check, in_polynomial_mode
+from gradients import check, in_polynomial_mode
 from test_encrypted_decoders import KERNELS, LLAMA, NEOX, SIZES, calibrated, inputs, small_decoder
 from torch.nn import functional as F
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from encrypted_adapter import adapted, decrypted, install, relative_error
-from test_autograd import encrypted_gradient
+from gradients import encrypted_gradient
 from test_tensor import TOKENS, inputs, small_model
 
 from hf_he.nn import RangeTracker

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from encrypted_adapter import adapted, decrypted, install, relative_error
+from gradients import encrypted_gradient
 from test_attention_gradient import expected_gradients
-from test_autograd import encrypted_gradient
 from test_tensor import TOKENS, calibrated, inputs, small_model
 
 from hf_he.approximation import KernelExponential, fit_inverse_square_root, kernel_exponential
