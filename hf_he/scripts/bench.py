@@ -91,7 +91,7 @@ def report(
 def finetune(
     json_output: Json = False,
     quick: Quick = False,
-    shape: Annotated[str, typer.Option(help="paper, shipped or all; the paper's needs 12 GB for bootstrapping keys.")] = "all",
+    shape: Annotated[str, typer.Option(help="paper, shipped or all; the paper's needs 8 GB, mostly for bootstrapping keys.")] = "all",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each primitive at each level; the median counts.")] = 3,
 ) -> None:
     """LoRA with the Gaussian kernel against full fine-tuning with softmax: operations priced with this machine's primitives, in CPU seconds."""
