@@ -28,6 +28,9 @@ from hf_he.keys import EVALUATION_FILE
 from hf_he.local_server import local_server
 
 TEXT = "My dear sister, the garden is in bloom again, and the old pear tree by the wall has more flowers than I ever saw. Come and see it before the rain."
+LEARNING_RATES = {"gaussian_kernel": 1.0, "normalized_gaussian_kernel": 0.5, "power_softmax": 0.25}
+"""At which 8 steps of SGD on this text stay in the fitted ranges. The power softmax raises changes of its scores to the fourth power: 0.5 leaves them."""
+
 warnings.simplefilter("ignore", FutureWarning)
 logging.disable_progress_bar()
 
@@ -39,7 +42,7 @@ def main() -> None:
     parser.add_argument("--parameters", default="n14")
     parser.add_argument("--text", type=Path, default=None, help="a text file; default: a few lines of a letter")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: by kernel, what stays in the fitted ranges")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--prompt", default="My dear sister,")
     parser.add_argument("--max-new-tokens", type=int, default=8)
@@ -56,7 +59,8 @@ def main() -> None:
 def run(arguments: argparse.Namespace, folder: Path) -> dict:
     directory = default_decoder(arguments.kernel)
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else TEXT
-    options = {"steps": arguments.steps, "learning_rate": arguments.learning_rate, "context": arguments.context, "announce": announce}
+    rate = arguments.learning_rate or LEARNING_RATES[arguments.kernel]
+    options = {"steps": arguments.steps, "learning_rate": rate, "context": arguments.context, "announce": announce}
     trainer = EncryptedTextTrainer(directory, text, folder, backend=arguments.backend, parameters=arguments.parameters, **options)
     report = trainer.train()
     losses = f"{report['losses'][0]:.5f} to {report['losses'][-1]:.5f} on ciphertexts, to {report['losses_polynomial'][-1]:.5f} in the clear"
