@@ -19,7 +19,7 @@ help:
 	@echo "make demo      encrypt real review sentences, classify them on ciphertexts, decrypt (ARGS='--refresh client': quicker)"
 	@echo "make test      the whole test suite"
 	@echo "make test-fhelium   contract suite and a small demo with the FHElium backend, in an environment of its own (5 GB with torch's CUDA libraries)"
-	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 40 minutes)"
+	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 35 minutes)"
 	@echo "make style     format and fix;   make quality   check only"
 
 $(STAMP): pyproject.toml requirements/constraints.txt
