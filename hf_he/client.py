@@ -153,8 +153,8 @@ class Client:
         if self.features is not None:
             packing = self.packings[self.features]
             return PackingChoice(packing, self._plans[packing], {}, f"{self.features} features per ciphertext were asked for")
-        offered = set(self.packings) if offered is None else {self.packing.features, *offered}
-        return choose_packing({packing: plan for packing, plan in self._plans.items() if packing.features in offered}, sentences)
+        plans = {packing: plan for packing, plan in self._plans.items() if offered is None or packing.features in offered}
+        return choose_packing(plans or {self.packing: self._plans[self.packing]}, sentences)
 
     @cached_property
     def mask_power(self) -> int | None:

@@ -50,6 +50,7 @@ class EncryptedTrainingArguments(TrainingArguments):
             gradients scaled to about 1, parameter by parameter; with all three given nothing is calibrated and nothing scaled.
         momentum: of sgd.
         processes: server processes that share the micro-batches of a step.
+        features: per ciphertext, the hidden size or 1; None leaves it to the planner, which says why (one pays for steps of hundreds of examples).
     """
 
     per_device_train_batch_size: int = 16
@@ -75,6 +76,7 @@ class EncryptedTrainingArguments(TrainingArguments):
     calibration_steps: int = field(default=16, metadata={"help": "Steps whose examples the client calibrates on."})
     momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
     processes: int = field(default=1, metadata={"help": "Server processes."})
+    features: int | None = field(default=None, metadata={"help": "Features per ciphertext; default: as the planner says."})
 
     def __post_init__(self) -> None:
         _refuse_meaningless(self)
@@ -86,6 +88,8 @@ class EncryptedTrainingArguments(TrainingArguments):
             raise ParameterError(f"refresh must be client or bootstrap, got {self.refresh!r}")
         if self.processes < 1:
             raise ParameterError("processes must be at least 1")
+        if self.features is not None and self.features < 1:
+            raise ParameterError("features must be at least 1, or None for the planner's choice")
         if str(getattr(self.save_strategy, "value", self.save_strategy)) != "no":
             raise ParameterError(f"save_strategy: {_WHY['save_strategy']}")
         self.target_modules = tuple(self.target_modules)
@@ -103,7 +107,14 @@ class EncryptedTrainingArguments(TrainingArguments):
         return max(1, math.ceil(self.num_train_epochs * -(-rows // self.per_device_train_batch_size)))
 
     def settings(
-        self, rows: int, divisor: float, eps: float, loss_bound: float, loss_scale: float = 1.0, gradient_scales: tuple[float, ...] = ()
+        self,
+        rows: int,
+        divisor: float,
+        eps: float,
+        loss_bound: float,
+        loss_scale: float = 1.0,
+        gradient_scales: tuple[float, ...] = (),
+        features: int = 0,
     ) -> TrainingSettings:
         """What the server is told; the numbers are used where the arguments leave theirs open, `loss_scale` with bootstrapping only. Raises
         ParameterError for values that make no sense."""
@@ -126,6 +137,7 @@ class EncryptedTrainingArguments(TrainingArguments):
             loss_bound=float(loss_bound if self.loss_bound is None else self.loss_bound),
             loss_scale=float(loss_scale if self.refresh == "bootstrap" else 1.0),
             gradient_scales=gradient_scales,
+            features=features if self.features is None else self.features,
             optimizer_location=self.optimizer_location,
             loss_location=self.loss_location,
             public_padding_mask=self.public_padding_mask,

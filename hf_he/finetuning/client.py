@@ -40,7 +40,7 @@ from hf_he.finetuning.step import adapted_model, make_optimizer
 from hf_he.keys import Keys
 from hf_he.packing import pack_attention_mask, pack_embeddings, unpack_logits
 from hf_he.planner import make_plan
-from hf_he.protocol import MAX_BATCHES, widest_batch
+from hf_he.protocol import max_batches, widest_batch
 from hf_he.serialization import pack, read_file, unpack, write_file
 from hf_he.server import message_kind
 
@@ -56,14 +56,16 @@ class EncryptedStep:
 
 
 class TrainingClient:
-    """Encrypts training examples for one run of `client`'s model and reads what comes back. `seed` draws the initial adapter.
+    """Encrypts training examples for one run of `client`'s model, packed as `settings.features` say, and reads what comes back. `seed` draws the initial
+    adapter.
 
     `folder` is where the moments are kept when the optimiser runs here (`settings.optimizer_location`); files in it are for this client's eyes only.
     """
 
     def __init__(self, client: Client, settings: TrainingSettings, run: RunId, seed: int = 0, folder: str | Path | None = None) -> None:
         self.client, self.settings, self.run = client, settings, run
-        self.backend, self.packing = client.backend, client.packing
+        self.backend = client.backend
+        self.packing = client.packings[settings.features] if settings.features else client.packing
         self.folder = None if folder is None else Path(folder)
         self.num_labels = client.model.config.num_labels
         torch.manual_seed(seed)
@@ -109,8 +111,9 @@ class TrainingClient:
         lanes, rows = self.packing.sequences, range(len(texts))
         chunks = [tuple(rows[start : start + lanes]) for start in range(0, len(texts), lanes)]
         parts = [[chunks[i] for i in share(len(chunks), rank, ranks)] or [()] for rank in range(ranks)]
-        if max(map(len, parts)) > MAX_BATCHES:
-            raise DataError(f"{len(texts)} examples are more than {MAX_BATCHES} micro-batches of {lanes}: use a smaller batch")
+        most = max_batches(self.client.model.config, self.packing)
+        if max(map(len, parts)) > most:
+            raise DataError(f"{len(texts)} examples are more than {most} micro-batches of {lanes} for a server process: use a smaller batch")
         embeddings, masks = self.client.embed(list(texts))
         return [EncryptedStep(self._message(step, len(texts), part, embeddings, masks, labels), tuple(part)) for part in parts]
 
@@ -118,12 +121,13 @@ class TrainingClient:
         self, step: int, sequences: int, chunks: Sequence[tuple[int, ...]], embeddings: np.ndarray, masks: np.ndarray, labels: Sequence[float]
     ) -> bytes:
         packing, lanes = self.packing, self.packing.sequences
+        counted = min(self.num_labels, packing.features)
         filled = [list(chunk or (0,)) for chunk in chunks]
         public = self.settings.public_padding_mask
         mask = None if public else self._encrypted(np.stack([pack_attention_mask(masks[rows], packing, self.client.mask_power) for rows in filled]))
         lengths = np.stack([masks[rows][np.arange(lanes) % len(rows)] for rows in filled]).astype(bool) if public else None
         targets = [self._targets([labels[row] for row in chunk]) for chunk in chunks]
-        weights = [self.on_first_tokens(np.full((len(chunk), self.num_labels), self.settings.loss_scale)) for chunk in chunks]
+        weights = [self.on_first_tokens(np.full((len(chunk), counted), self.settings.loss_scale)) for chunk in chunks]
         return TrainingStep(
             self.client.identity,
             self.run,
@@ -144,10 +148,11 @@ class TrainingClient:
         return np.eye(self.num_labels)[np.asarray(labels, dtype=np.int64)].reshape(-1, self.num_labels)
 
     def on_first_tokens(self, values: np.ndarray) -> np.ndarray:
-        """[n, K] -> [1, slots]: row s in the first features of sequence s on token 0, zero elsewhere."""
-        slots = np.zeros((self.packing.tokens, self.packing.sequences, self.packing.features))
-        slots[0, : len(values), : self.num_labels] = values
-        return slots.reshape(1, -1)
+        """[n, K] -> [blocks, slots]: row s in the first features of sequence s on token 0, zero elsewhere."""
+        packing = self.packing
+        slots = np.zeros((packing.tokens, packing.sequences, packing.blocks(values.shape[1]) * packing.features))
+        slots[0, : len(values), : values.shape[1]] = values
+        return np.moveaxis(slots.reshape(*slots.shape[:2], -1, packing.features), 2, 0).reshape(-1, packing.slots)
 
     def _encrypted(self, values: np.ndarray) -> bytes:
         return self.backend.serialize(self.backend.encrypt(values, self.client.keys.secret))

@@ -12,6 +12,7 @@ from hf_he.ckks.parameters import CKKSParameters
 from hf_he.finetuning.adapter import SPREAD_DEPTH, AdapterLayout
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.step import MicroBatch, TrainingRun, adapted_model
+from hf_he.measurement import physical_memory_bytes
 from hf_he.packing import Packing
 from hf_he.planner import CountingSession, cheapest_packing, packing_widths
 from hf_he.refresh import LARGEST_REFRESH
@@ -85,17 +86,26 @@ class StepChoice:
     reason: str
 
 
-def choose_step_packing(make_model: Callable[[], nn.Module], parameters: CKKSParameters, tokens: int, settings: TrainingSettings) -> StepChoice:
-    """`choose_packing` of hf_he.planner for a training step of `settings.sequences` examples; `make_model` gives a new model each time."""
-    plans, seconds, weights = {}, {}, {}
-    for width in packing_widths(make_model().config):
-        packing = Packing.fit(parameters.slots, width, tokens)
-        plans[packing] = plan_step(make_model(), parameters, packing, settings)
-        seconds[packing] = sum(plans[packing].seconds(-(-settings.sequences // packing.sequences)).values())
-        weights[width] = AdapterLayout.of(adapted_model(make_model(), settings), packing).total
+def choose_step_packing(
+    make_model: Callable[[], nn.Module], parameters: CKKSParameters, tokens: int, settings: TrainingSettings, ranks: int = 1, memory: int | None = None
+) -> StepChoice:
+    """`choose_packing` of hf_he.planner for a training step of `settings.sequences` examples, whose micro-batches `ranks` processes share; `make_model`
+    gives a new model each time. Packings whose encrypted weights would take more than `memory` bytes (half of this machine's) are not considered."""
+    memory = physical_memory_bytes() // 2 if memory is None else memory
+    packings = [Packing.fit(parameters.slots, width, tokens) for width in packing_widths(make_model().config)]
+    weights = {packing.features: AdapterLayout.of(adapted_model(make_model(), settings), packing).total for packing in packings}
     each = 2 * 8 * parameters.ring_degree * (parameters.max_level + 1 - SPREAD_DEPTH)
     bytes_ = {width: count * each for width, count in weights.items()}
+    plans, seconds = {}, {}
+    for packing in packings:
+        if packing.features > 1 or bytes_[1] <= memory or len(packings) == 1:
+            plans[packing] = plan_step(make_model(), parameters, packing, settings)
+            seconds[packing] = sum(plans[packing].seconds(-(-settings.sequences // (packing.sequences * ranks))).values())
     packing, reason = cheapest_packing(seconds, settings.sequences)
+    if len(plans) < len(packings):
+        reason = f"{packing.features} features per ciphertext, because encrypted weights of 1 would take more than {memory / 1e9:.1f} GB"
+    if ranks > 1:
+        reason += f"; {ranks} processes share the packed batches"
     held = "; ".join(f"encrypted weights with {width} a ciphertext: {count:,} ciphertexts, {bytes_[width] / 1e9:.2f} GB" for width, count in weights.items())
     by_width = {known.features: value for known, value in seconds.items()}
     return StepChoice(packing, plans[packing], by_width, weights, bytes_, f"{reason}; {held}")

@@ -46,8 +46,9 @@ class TrainingSettings:
     `steps` is the length of the schedule, `sequences` the number of examples in a full step. `eps` and `divisor` are those of
     hf_he.finetuning.optimizer, `loss_bound` and `loss_degree` those of the softmax in hf_he.finetuning.loss. The client multiplies the sequences'
     weights by `loss_scale`, and packing the gradient divides by it: between them gradients are large beside the error of a bootstrap. `gradient_scales`,
-    one per trained parameter in the adapter's order or none, bring the gradients of AdamW-HE to one size. `optimizer_location` and
-    `loss_location` are "server" or "client"; with `public_padding_mask` the lengths of the texts are sent in the clear.
+    one per trained parameter in the adapter's order or none, bring the gradients of AdamW-HE to one size. `features` per ciphertext: 1 for batches of
+    hundreds, 0 for as many as the model is usually packed with. `optimizer_location` and `loss_location` are "server" or "client"; with
+    `public_padding_mask` the lengths of the texts are sent in the clear.
     """
 
     rank: int = 2
@@ -68,6 +69,7 @@ class TrainingSettings:
     loss_degree: int = 15
     loss_scale: float = 1.0
     gradient_scales: tuple[float, ...] = ()
+    features: int = 0
     optimizer_location: str = "server"
     loss_location: str = "server"
     public_padding_mask: bool = False
@@ -84,7 +86,7 @@ class TrainingSettings:
             "rank": (1, 64), "steps": (1, MAX_STEPS), "sequences": (1, 65536), "warmup_steps": (0, MAX_STEPS), "learning_rate": (1e-9, 100.0),
             "momentum": (0.0, 0.9999), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.999999), "eps": (1e-12, 1e6), "divisor": (1e-9, 1e9),
             "weight_decay": (0.0, 0.9999), "loss_bound": (1.0, 100.0), "loss_degree": (3, 127),
-            "loss_scale": (1.0, 2.0**16),
+            "loss_scale": (1.0, 2.0**16), "features": (0, 2**16),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -107,6 +109,8 @@ class TrainingSettings:
             values = json.loads(data) if len(data) <= MAX_SETTINGS_BYTES else None
         except (ValueError, RecursionError):
             values = None
+        if isinstance(values, dict):
+            values = {"features": 0} | values  # settings of earlier versions do not name them
         if not isinstance(values, dict) or values.keys() != {entry.name for entry in fields(cls)}:
             raise CorruptFileError(f"the training settings are not readable: {_AGAIN}")
         for name, hint in get_type_hints(cls).items():
@@ -174,7 +178,7 @@ class TrainingSetup:
 class TrainingStep:
     """One step's examples (or this rank's share of them) in `batches` micro-batches.
 
-    `embeddings` [batches, blocks], `labels` and `sequence_weights` [batches, 1] are ciphertexts, as is `attention_mask` [batches, 1] unless the
+    `embeddings` and `labels` [batches, blocks] and `sequence_weights` [batches, 1] are ciphertexts, as is `attention_mask` [batches, 1] unless the
     run's padding masks are public: then `public_mask` holds them, [batches, sequences, tokens] of 0 and 1. `sequences` real examples
     take part in the step, over all ranks; unused lanes carry weight zero.
     """

@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_he.backends import Ciphertext
 from hf_he.checkpoints import load_classifier
-from hf_he.errors import CheckpointError, CorruptFileError, HEError, TrainingError
+from hf_he.errors import CheckpointError, CorruptFileError, HEError, ParameterError, TrainingError
 from hf_he.finetuning.checkpoint import Checkpoint, CheckpointStore
 from hf_he.finetuning.parallel import Workers
 from hf_he.finetuning.protocol import (
@@ -40,8 +40,9 @@ from hf_he.finetuning.protocol import (
 from hf_he.finetuning.step import MicroBatch, TrainingRun
 from hf_he.handlers.attention import mask_power
 from hf_he.keys import ServerKeys
-from hf_he.packing import pack_attention_mask
-from hf_he.protocol import BATCH_KIND, MAX_BATCHES
+from hf_he.packing import Packing, pack_attention_mask
+from hf_he.planner import packing_widths
+from hf_he.protocol import BATCH_KIND, MAX_BATCHES, max_batches
 from hf_he.server import Progress, Refresh, Server, message_kind
 from hf_he.tensor import EncryptedSession
 
@@ -56,8 +57,8 @@ class SetupWork:
 
 @dataclass(frozen=True)
 class StepWork:
-    """A checked step: ciphertexts `embeddings` [batches, blocks], the others [batches, 1]; `attention_mask` is an array where masks are public. A decoder
-    has embeddings only."""
+    """A checked step: ciphertexts `embeddings` and `labels` [batches, blocks], the others [batches, 1]; `attention_mask` is an array where masks are public.
+    A decoder has embeddings only."""
 
     message: Any = field(repr=False)
     embeddings: Ciphertext = field(repr=False)
@@ -112,7 +113,8 @@ class FinetuneServer(Server):
     @property
     def max_batch_bytes(self) -> int:
         """No valid message is larger."""
-        return MAX_BATCHES * (self._blocks + 3) * self._ciphertext_bytes + 2**20
+        config, labels = self.model.config, self.packing.blocks(self.model.config.num_labels)
+        return max_batches(config, self.packing) * (self._blocks + labels + 2) * self._ciphertext_bytes + 2**20
 
     @property
     def max_refresh_bytes(self) -> int:
@@ -170,10 +172,18 @@ class FinetuneServer(Server):
     def _begin(self, checkpoint: Checkpoint) -> None:
         """Load the run of a checkpoint."""
         read = partial(self.backend.deserialize, kind="ciphertext")
-        session = EncryptedSession(self.backend, self.packing, self.session.refresh)
+        packing = self._packing_of(checkpoint.settings)
+        session = EncryptedSession(self.backend, packing, self.session.refresh)
         run = self._new_run(session, checkpoint.settings)
         run.load(self._dense(read(checkpoint.weights), run), {name: self._dense(read(data), run) for name, data in checkpoint.state.items()} or None)
         self.session, self.model, self._run, self._checkpoint = session, run.model, run, checkpoint
+        self.packing, self._blocks = packing, packing.blocks(run.model.config.hidden_size)
+
+    def _packing_of(self, settings: TrainingSettings) -> Packing:
+        widths = packing_widths(self.model.config)
+        if settings.features not in (0, *widths):
+            raise ParameterError(f"this model is packed with {' or '.join(map(str, widths))} features per ciphertext, not {settings.features}: begin again")
+        return Packing.fit(self.backend.parameters.slots, settings.features or widths[0], self.tokens)
 
     def _new_run(self, session: EncryptedSession, settings: TrainingSettings) -> TrainingRun:
         return TrainingRun(session, load_classifier(self._directory), settings)
@@ -182,12 +192,12 @@ class FinetuneServer(Server):
         message = work.message
         if self._checkpoint is None or self._checkpoint.step == 0:
             checkpoint = Checkpoint(self.identity, message.run, 0, message.settings, message.weights, {})
-            before = self._run, self._checkpoint, self.session, self.model
+            before = self._run, self._checkpoint, self.session, self.model, self.packing, self._blocks
             try:
                 self._begin(checkpoint)
                 self._store.save(checkpoint)
             except HEError:
-                self._run, self._checkpoint, self.session, self.model = before
+                self._run, self._checkpoint, self.session, self.model, self.packing, self._blocks = before
                 raise
         return self._adapter_message()
 
@@ -246,7 +256,7 @@ class FinetuneServer(Server):
             message,
             self._ciphertext(message.embeddings, (batches, self._blocks), "embeddings"),
             mask,
-            self._ciphertext(message.labels, (batches, 1), "labels"),
+            self._ciphertext(message.labels, (batches, packing.blocks(self._run.num_labels)), "labels"),
             self._ciphertext(message.sequence_weights, (batches, 1), "sequence weights"),
         )
 

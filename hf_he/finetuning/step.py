@@ -48,7 +48,7 @@ def make_loss(settings: TrainingSettings, num_labels: int) -> CrossEntropy | Mea
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed batch: ciphertexts [blocks], [1], [1], [1]; the mask is an array [1, slots] where masks are public."""
+    """One packed batch: ciphertexts [blocks], [1], [blocks of the labels], [1]; the mask is an array [1, slots] where masks are public."""
 
     embeddings: Ciphertext = field(repr=False)
     attention_mask: Ciphertext | np.ndarray = field(repr=False)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from hf_he.checkpoints import load_classifier
 from hf_he.client import Client
 from hf_he.data import TextDataset
 from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
@@ -33,9 +34,11 @@ from hf_he.evaluation import evaluate_model
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.client import TrainingClient
 from hf_he.finetuning.order import DataOrder
+from hf_he.finetuning.plan import choose_step_packing
 from hf_he.finetuning.protocol import RunId, TrainingSettings
 from hf_he.keys import EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_servers
+from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import merge_reports
 from hf_he.serialization import read_file, write_file
 
@@ -163,8 +166,9 @@ class EncryptedTrainer:
         saved = _read_run(own / RUN_FILE) if known else None
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
-        client = Client.from_pretrained(self.model_folder, backend=self.args.backend, parameters=self.args.parameter_set_name, keys=keys if ready else None)
         dataset, args = self.train_dataset, self.args
+        how = {"backend": args.backend, "parameters": args.parameter_set_name, "features": args.features}
+        client = Client.from_pretrained(self.model_folder, keys=keys if ready else None, **how)
         self.order = DataOrder(len(dataset), args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed)
         if saved is None:
             saved = {"run": secrets.token_hex(8), "order_key": secrets.token_hex(32), "settings": asdict(self._calibrated(client))}
@@ -189,18 +193,26 @@ class EncryptedTrainer:
         from hf_he.finetuning.calibration import calibrate
 
         args, rows = self.args, len(self.train_dataset)
-        draft = args.settings(rows, divisor=1.0, eps=0.02, loss_bound=12.0)
+        draft = self._packed(client, args.settings(rows, divisor=1.0, eps=0.02, loss_bound=12.0))
         if None not in (args.divisor, args.eps, args.loss_bound) and args.refresh != "bootstrap":
             return draft
         steps = range(1, min(args.calibration_steps, self.order.steps_per_epoch) + 1)
         self._announce(f"Calibrating on the examples of {len(steps)} steps in the clear")
         batches = [accepted(client, self.train_dataset, self.order.step(number))[0] for number in steps]
         found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed)
-        return args.settings(rows, **asdict(found))
+        return args.settings(rows, **asdict(found), features=draft.features)
+
+    def _packed(self, client: Client, draft: TrainingSettings) -> TrainingSettings:
+        """The settings with the features per ciphertext that the arguments ask for, or the planner's choice."""
+        if draft.features or len(client.packings) == 1:
+            return draft
+        choice = choose_step_packing(lambda: load_classifier(self.model_folder), client.backend.parameters, SEQUENCE_LENGTH, draft, self.ranks)
+        self._announce(f"packing: {choice.reason}")
+        return replace(draft, features=choice.packing.features)
 
     def _check_settings(self, settings: TrainingSettings, rows: int) -> None:
-        calibrated = ("divisor", "eps", "loss_bound", "loss_scale", "gradient_scales")
-        asked = self.args.settings(rows, **{name: getattr(settings, name) for name in calibrated})
+        found = ("divisor", "eps", "loss_bound", "loss_scale", "gradient_scales", "features")
+        asked = self.args.settings(rows, **{name: getattr(settings, name) for name in found})
         for entry in fields(TrainingSettings):
             now, then = getattr(asked, entry.name), getattr(settings, entry.name)
             if now != then:

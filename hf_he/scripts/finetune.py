@@ -37,6 +37,7 @@ def finetune(
     processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.")] = None,
     server: Annotated[list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.")] = None,
     prepare: Annotated[bool, typer.Option("--prepare", help="Only make the keys, for servers that are started elsewhere; then --resume --server URL.")] = False,
+    features: Annotated[int | None, typer.Option(min=1, help="Features per ciphertext: the hidden size, or 1. Default: the planner's choice.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -53,7 +54,7 @@ def finetune(
     if task == "lm":
         from hf_he.scripts.finetune_text import finetune_text
 
-        refused = {"--config": config, "--data-dir": data_dir, "--seed": seed, "--epochs": epochs, "--prepare": prepare}
+        refused = {"--config": config, "--data-dir": data_dir, "--seed": seed, "--epochs": epochs, "--prepare": prepare, "--features": features}
         refused |= {"--processes": (processes or 1) > 1, "training in the clear": not encrypted}
         refused |= {"--optimizer-location client": optimizer_location == "client", "--loss-location server": loss_location == "server"}
         options = {"steps": max_steps, "rank": lora_rank, "batch_size": batch_size, "context": context, "learning_rate": learning_rate, "backend": backend}
@@ -66,7 +67,7 @@ def finetune(
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
         "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes, "seed": seed,
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate, "features": features,
         "max_steps": -1 if epochs else max_steps, "num_train_epochs": epochs, "disable_tqdm": True,
     }  # fmt: skip
     if refresh == "bootstrap" and parameters is None:

@@ -70,10 +70,19 @@ def test_the_planner_packs_large_steps_one_feature_per_ciphertext():
     """Few examples cost as much as many with one feature per ciphertext; the model's weights are then a ciphertext each."""
     settings = TrainingSettings(rank=2)
     few, many = (
-        choose_step_packing(default_shape, parameter_set("n14"), 32, replace(settings, sequences=sequences, loss_location=where))
+        choose_step_packing(default_shape, parameter_set("n14"), 32, replace(settings, sequences=sequences, loss_location=where), memory=6 * 10**9)
         for sequences, where in ((16, "server"), (256, "client"))
     )
     assert (few.packing.features, many.packing.features) == (128, 1)
     assert few.seconds[1] * 1.5 > few.seconds[128] and many.seconds[1] * 4 < many.seconds[128]
     assert many.weights == {128: 2 * 3 * (2 + 2) + 2 + 1, 1: 2 * 3 * 4 * 128 + 2 * 128 + 2}
     assert "16 sequences" in few.reason and f"{many.weights[1]:,} ciphertexts, {many.weight_bytes[1] / 1e9:.2f} GB" in many.reason
+
+
+def test_the_planner_minds_memory_and_processes():
+    """Weights that do not fit are not planned with; processes share 128 micro-batches, but not the only one of 256 examples."""
+    settings = TrainingSettings(sequences=256)
+    small = choose_step_packing(default_shape, parameter_set("n14"), 32, settings, memory=5 * 10**9)
+    assert small.packing.features == 128 and small.seconds.keys() == {128} and "of 1 would take more than 5.0 GB" in small.reason
+    shared = choose_step_packing(default_shape, parameter_set("n14"), 32, settings, ranks=8, memory=6 * 10**9)
+    assert shared.packing.features == 128 and shared.seconds[128] < small.seconds[128] / 7 < shared.seconds[1] and "8 processes" in shared.reason

@@ -1,6 +1,7 @@
 """EncryptedTrainer on the simulator: equal to its plaintext twin, transformers' conventions, resuming, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from hf_he.checkpoints import load_classifier
 from hf_he.client import Client
 from hf_he.data import TextDataset
-from hf_he.errors import CheckpointError, DataError, RefreshError, TrainingError
+from hf_he.errors import CheckpointError, DataError, ParameterError, RefreshError, TrainingError
 from hf_he.evaluation import encode_texts
 from hf_he.finetuning.checkpoint import CURRENT
 from hf_he.finetuning.protocol import TrainingSettings
@@ -239,3 +240,61 @@ def test_a_datasets_dataset_works(new_trainer, in_process):
     rows = datasets.Dataset.from_dict({"sentence": SENTENCES * 3, "label": [1, 0, 1, 0, 1] * 3})
     trainer = new_trainer(data=rows)
     assert trainer.train_dataset.first == tuple(SENTENCES * 3) and trainer.train_dataset.labels[:2] == (1, 0)
+
+
+class TestOneFeaturePerCiphertext:
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"loss_location": "client", "optimizer_location": "client", "public_padding_mask": True}],
+        ids=["on-server", "on-client"],
+    )
+    def test_a_run_is_its_plaintext_twin(self, run_in_process, in_process, tmp_path, options):
+        trainer = run_in_process(features=1, **options)
+        assert trainer.training.packing.features == 1 and trainer.training.layout.total == sum(map(np.prod, trainer.training.layout.shapes.values()))
+        assert error_of(trainer) < (1e-4 if not options else 2e-2)
+        assert trainer.report["operations"]["linear_combination"] > 0
+        with in_process() as server:
+            assert server.describe()["features_per_ciphertext"] == [1]
+            client = Client.from_pretrained(trainer.model_folder, keys=tmp_path / "run" / "client" / "keys")
+            result = client.infer(server, SENTENCES)
+        tokens = encode_texts(client.tokenizer, TextDataset("mr", "dev", tuple(SENTENCES), None, (0,) * 5))
+        with torch.no_grad():
+            expected = trainer.model(**tokens).logits.numpy()
+        np.testing.assert_allclose([sentence.logits for sentence in result.sentences], expected, atol=1e-3)
+
+    def test_it_resumes_with_both_sides_new(self, new_trainer, in_process):
+        new_trainer(features=1).prepare()
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = True
+
+        for step, features in ((1, 1), (2, None)):
+            with in_process() as server:
+                trainer = new_trainer(servers=[server], callbacks=[Stop()], features=features)
+                trainer.train(resume_from_checkpoint=True)
+                assert (trainer.state.global_step, trainer.training.packing.features) == (step, 1)
+        assert error_of(trainer) < 1e-4
+        with pytest.raises(TrainingError, match="features is 32 now and was 1"):
+            new_trainer(features=32).train(resume_from_checkpoint=True)
+
+    def test_the_planner_chooses_and_says_why(self, new_trainer):
+        for size, features in ((10, 32), (256, 1)):
+            said = []
+            trainer = new_trainer(f"run-{size}", announce=said.append, per_device_train_batch_size=size, calibration_steps=1)
+            trainer.prepare()
+            assert trainer.training.packing.features == features == trainer.training.settings.features
+            assert any(line.startswith("packing: ") and f"{size} sequences: with 32 a ciphertext" in line for line in said)
+
+    def test_other_packings_are_refused(self, new_trainer, in_process):
+        with pytest.raises(ParameterError, match="32 or 1 features"):
+            new_trainer(features=16).prepare()
+        new_trainer().prepare()
+        trainer = new_trainer()
+        trainer._open(resume=True)
+        training = trainer.training
+        training.settings = replace(training.settings, features=16)
+        with in_process() as server:
+            with pytest.raises(ParameterError, match="packed with 32 or 1 features per ciphertext, not 16"):
+                server.infer(training.setup(), training.answers(0, [], []))
+            assert server.describe()["training"] == {"step": -1} and server.packing.features == 32
