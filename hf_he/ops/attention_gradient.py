@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hf_he.approximation import KernelExponential
 from hf_he.backends.base import Ciphertext
@@ -125,7 +125,7 @@ def backward(
     """Gradients of query, key and value, [blocks] each at level `output`, canonical; None where `needs` says so.
 
     `gradient`: of the attention's result [blocks], at any level. Of it `output` + 1 levels are used for values (one more under a mask) and 2 for
-    queries and keys, of q and k `output` + 1, of the kernel and its slopes GRADIENT_DEPTH more than `output` (one more under a mask). What
+    queries and keys, of q and k `output` + 1, of the kernel and its slopes GRADIENT_DEPTH more than `output` (of the kernel one more under a mask). What
     falls short is refreshed: whole states together, then score ciphertexts together. T log2(head_dim / b) rotations for do . v, as many for
     the slopes, as many for the weights; about 3 b + 4 T / b others.
     """
@@ -161,12 +161,12 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
             do, q, k, v = context.ensure_levels([(do, depth), (q, output + 1), (k, output + 1), (v, attention.SCORE_DEPTH)])
         else:
             do = context.ensure_level(do, depth)
-        kernel_level = output + GRADIENT_DEPTH + (masked and for_values)
-        at = product_level(saved, kernel_level, min(do.level, v.level))
+        levels = kernel_levels(saved, output + GRADIENT_DEPTH, for_values)
+        at = product_level(saved, levels.slopes, min(do.level, v.level))
         do = backend.drop_level(do, max(value_level, at if for_scores else 0))
         rotated = backend.rotate(do, attention.giant_steps(layout, -1))
         found = errors(context, layout, backend.drop_level(rotated, at), v, saved.scaling) if for_scores else None
-        weights, slopes = narrow(context, saved, found, kernel_level)
+        weights, slopes = narrow(context, saved, found, levels)
         if slopes is not None:
             dq, dk = query_and_key(context, layout, q, k, slopes, needs, output)
         if for_values:
@@ -189,10 +189,26 @@ def kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarin
     return context.ensure_level(pair, level)
 
 
-def product_level(saved: Saved, kernel_level: int, available: int) -> int:
+class KernelLevels(NamedTuple):
+    """Of the kernel and of its slopes, for a gradient."""
+
+    weights: int
+    slopes: int
+
+
+def kernel_levels(saved: Saved, level: int, for_values: bool) -> KernelLevels:
+    """`level`; the kernel one higher where a mask follows its product, and with it the slopes that are multiplied up beside it.
+
+    The derivative that "keep" saved must not be asked for that level: it is far below 1 between distant tokens, and a bootstrap's error is absolute.
+    """
+    weights = level + (saved.mask is not None and for_values)
+    return KernelLevels(weights, level if saved.policy == "keep" else weights)
+
+
+def product_level(saved: Saved, slope_level: int, available: int) -> int:
     """Where do . v is multiplied: high enough for all that follows, or, where a refresh is needed anyway, as low as it can be."""
     rest = 1 if saved.policy == "keep" else saved.approximation.squarings
-    level = kernel_level + rest + attention.SCORE_DEPTH
+    level = slope_level + rest + attention.SCORE_DEPTH
     return level if level <= available else attention.SCORE_DEPTH
 
 
@@ -211,16 +227,17 @@ def errors(context: OperationContext, layout: ScoreLayout, rotated_do: Ciphertex
     return attention.collect(context, layout, products(), factor)
 
 
-def narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, level: int) -> tuple[Ciphertext, Ciphertext | None]:
-    """Kernel w, and errors * K' where there are errors; [score ciphertexts] each, at `level` or higher."""
+def narrow(context: OperationContext, saved: Saved, errors: Ciphertext | None, levels: KernelLevels) -> tuple[Ciphertext, Ciphertext | None]:
+    """Kernel w, and errors * K' where there are errors; [score ciphertexts] each, at `levels` or higher."""
     backend = context.backend
     if saved.policy == "recompute":
-        return weights_and_slopes(context, saved.scores, errors, saved.approximation.squarings, level)
+        return weights_and_slopes(context, saved.scores, errors, saved.approximation.squarings, levels.weights)
     weights, derivative = (backend.take(saved.scores, i) for i in range(2))
     if errors is None:
-        return context.ensure_level(weights, level), None
-    weights, derivative, errors = context.ensure_levels([(weights, level), (derivative, level + 1), (errors, level + 1)])
-    return weights, context.product(backend.match_level(derivative, level + 1), backend.match_level(errors, level + 1))
+        return context.ensure_level(weights, levels.weights), None
+    above = levels.slopes + 1
+    weights, derivative, errors = context.ensure_levels([(weights, levels.weights), (derivative, above), (errors, above)])
+    return weights, context.product(backend.match_level(derivative, above), backend.match_level(errors, above))
 
 
 def weights_and_slopes(

@@ -22,6 +22,7 @@ from hf_he.ops.attention_gradient import (
     Saved,
     aligned,
     kernel_and_derivative,
+    kernel_levels,
     narrow,
     output_level,
     product_level,
@@ -108,14 +109,14 @@ def backward(context: OperationContext, saved: Saved, gradient: Operand, needs: 
             do, q, k, v = context.ensure_levels([(do, depth), (q, output + 1), (k, output + 1), (v, attention.SCORE_DEPTH)])
         else:
             do = context.ensure_level(do, depth)
-        kernel_level = output + PRODUCT_DEPTH + (masked and for_values)
-        at = product_level(saved, kernel_level, min(do.level, v.level))
+        levels = kernel_levels(saved, output + PRODUCT_DEPTH, for_values)
+        at = product_level(saved, levels.slopes, min(do.level, v.level))
         do = backend.match_level(do, max(value_level, at if for_scores else 0))
         for head, parts in enumerate(zip(*(heads_of(context, ct, saved.heads) for ct in (q, k, v, do)), strict=True)):
             q_head, k_head, v_head, do_head = parts
             rotated = backend.rotate(do_head, [-step for step in giant_steps(context.packing)])
             errors = _errors(context, backend.drop_level(rotated, at), v_head, saved.scaling) if for_scores else None
-            weights, slopes = narrow(context, replace(saved, scores=backend.take(saved.scores, head)), errors, kernel_level)
+            weights, slopes = narrow(context, replace(saved, scores=backend.take(saved.scores, head)), errors, levels)
             if slopes is not None:
                 dq, dk = _query_and_key(context, q_head, k_head, slopes, needs, output)
                 found[0].append(dq)

@@ -152,6 +152,26 @@ def test_refreshes_are_shared(make_lab, query, level, expected):
     check(lab, gradients, expected_gradients(tensors, do, keep, 2, 0.3, kernel))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_was_kept_of_the_kernel_is_not_refreshed(make_lab, masked):
+    """Six squarings leave 7 of 13 levels, exactly what gradients at ADAPTER_LEVEL need of the kernel, its mask included, and of its derivative: kept values
+    are as small as 1e-3 between distant tokens, and a bootstrap's error is absolute."""
+    lab = make_lab(levels=13)
+    kernel, refreshed = kernel_exponential((-8.0, 0.0), 6), []
+    tensors, do, keep = problem(lab)
+    operands = [lab.encrypt(x).operand for x in tensors]
+    levels = attention_gradient.training_levels(lab.session, kernel.squarings)
+    mask = lab.encrypt_mask(keep).ciphertext if masked else None
+    _, saved = attention_gradient.forward(lab.session, *operands, mask, 2, 0.3, kernel, levels, "keep")
+    answer = lab.session.refresh.callback
+    lab.session.refresh.callback = lambda data: (refreshed.append(lab.backend.deserialize(data, "ciphertext").count), answer(data))[1]
+    output = attention_gradient.output_level(lab.session, kernel.squarings)
+    gradients = attention_gradient.backward(lab.session, saved, lab.encrypt(do, attention.SCORE_DEPTH + output).operand, output=output)
+    scores = saved[0].scores.batch_shape[1]
+    assert output == attention_gradient.ADAPTER_LEVEL and saved[0].scores.level == 7 and refreshed == [scores]
+    check(lab, gradients, expected_gradients(tensors, do, keep if masked else None, 2, 0.3, kernel), output)
+
+
 @pytest.mark.parametrize(("features", "tokens", "heads"), [(16, 8, 2), (16, 16, 4), (32, 32, 1), (8, 16, 2)])
 def test_rotations_are_the_promised_ones(make_lab, features, tokens, heads):
     lab = make_lab(features=features, tokens=tokens)
