@@ -131,12 +131,13 @@ class AdamWHE:
         """Updated dense weights [count] and state {"m", "v"}; `gradient` is gradient_gain times the gradient, `step` counts from 1.
 
         Gradient and moments are refreshed together when one of them is too low for the whole update (or, where that is deeper than the
-        parameters, for the averages; then the argument of 1 / sqrt is refreshed too).
+        parameters, for the averages; then the argument of 1 / sqrt is refreshed too). A bootstrap takes two iterations: the update is the gradient over at
+        least sqrt(eps), a thirtieth of what they are scaled to, and one iteration's error would move every weight by 2.5e-4 of the learning rate.
         """
         backend = context.backend
         deep = self.depth if self.depth <= context.top else 2
         needed = {"m": 2, "v": deep - 1}
-        gradient, *moments = context.ensure_levels([(gradient, deep), *((ct, needed[name]) for name, ct in state.items())])
+        gradient, *moments = context.ensure_levels([(gradient, deep), *((ct, needed[name]) for name, ct in state.items())], iterations=2)
         moments = dict(zip(state, moments, strict=True))
         keep1, keep2 = _kept(self.beta1, step), _kept(self.beta2, step)
         low, high = self.approximation.interval

@@ -237,11 +237,11 @@ def _causal(context: OperationContext, layout: ScoreLayout, scores: Ciphertext, 
 
 
 def kernel(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
-    """(1 + x)^(2^squarings), at `level` or higher; one refresh, at once, where one is enough."""
+    """(1 + x)^(2^squarings), at `level` or higher; one refresh, at once and of x, where one is enough: a bootstrap's error grows with the cube of what the
+    slots have in common, and every squaring doubles it."""
     with context.backend.log.measure("kernel"):
-        x = context.backend.add_scalar(scores, 1.0)
-        if squarings + level <= context.top:
-            x = context.ensure_level(x, squarings + level)
+        enough = squarings + level
+        x = context.backend.add_scalar(context.ensure_level(scores, enough) if enough <= context.top else scores, 1.0)
         for _ in range(squarings):
             x = context.square(context.ensure_level(x, 1))
         return context.ensure_level(x, level)

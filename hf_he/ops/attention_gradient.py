@@ -179,8 +179,7 @@ def _backward(context: OperationContext, saved: Saved, gradient: Operand, needs:
 def kernel_and_derivative(context: OperationContext, scores: Ciphertext, squarings: int, level: int) -> Ciphertext:
     """[2, score ciphertexts]: (1 + x)^n and (1 + x)^(n - 1), n = 2^squarings, at `level` or higher."""
     backend = context.backend
-    x = backend.add_scalar(scores, 1.0)
-    x = context.ensure_level(x, squarings + level if squarings + level <= context.top else 1)
+    x = backend.add_scalar(context.ensure_level(scores, squarings + level if squarings + level <= context.top else 1), 1.0)
     square = context.square(x)
     pair = backend.stack([square, backend.match_level(x, square.level)])
     for _ in range(squarings - 1):
@@ -248,7 +247,8 @@ def weights_and_slopes(
     if errors is None:
         return attention.kernel(context, scores, squarings, level), None
     enough = squarings + level if squarings + level <= context.top else 1
-    x, errors = context.ensure_levels([(backend.add_scalar(scores, 1.0), enough), (errors, enough)])
+    scores, errors = context.ensure_levels([(scores, enough), (errors, enough)])
+    x = backend.add_scalar(scores, 1.0)
     start = min(x.level, errors.level)
     pair = backend.stack([backend.match_level(ct, start) for ct in (x, errors)])
     for _ in range(squarings):

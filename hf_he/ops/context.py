@@ -71,16 +71,17 @@ class OperationContext:
         with self.backend.log.measure("refresh"):
             return self.refresh.refresh(self.backend, ct, depth, iterations)
 
-    def ensure_levels(self, wanted: Sequence[tuple[Ciphertext, int]]) -> list[Ciphertext]:
-        """Each (ciphertext, depth) with at least that many levels; those that fall short are refreshed in one batch. Errors of `ensure_level`."""
+    def ensure_levels(self, wanted: Sequence[tuple[Ciphertext, int]], iterations: int = 1) -> list[Ciphertext]:
+        """Each (ciphertext, depth) with at least that many levels; those that fall short are refreshed in one batch, as by `ensure_level`, whose errors it
+        raises."""
         found = [ct for ct, _ in wanted]
         low = [i for i, (ct, depth) in enumerate(wanted) if ct.level < depth]
         if len(low) < 2:
-            return [self.ensure_level(ct, depth) for ct, depth in wanted]
+            return [self.ensure_level(ct, depth, iterations) for ct, depth in wanted]
         backend, level = self.backend, min(found[i].level for i in low)
         flat = [backend.reshape(backend.match_level(found[i], level), (found[i].count,)) for i in low]
         together = backend.stack([backend.take(ct, position) for ct in flat for position in range(ct.count)])
-        fresh, end = self.ensure_level(together, max(wanted[i][1] for i in low)), 0
+        fresh, end = self.ensure_level(together, max(wanted[i][1] for i in low), iterations), 0
         for i in low:
             end += found[i].count
             found[i] = backend.reshape(backend.take(fresh, slice(end - found[i].count, end)), found[i].batch_shape)

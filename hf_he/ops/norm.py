@@ -248,9 +248,13 @@ def _centred(context: OperationContext, hidden: Ciphertext, level: int) -> Ciphe
 
 
 def _ready(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:
-    """`mapped` with the levels that `inverse_root` at `level` begins with."""
+    """`mapped` with the levels that `inverse_root` at `level` begins with. A refresh is of `mapped` + 1, whose zero is the lower end of the interval: a
+    bootstrap's error grows with the cube of what the slots have in common, and 1 / sqrt needs small variances most precisely."""
     wanted = inverse_root_depth(approximation) + level
-    return context.ensure_level(mapped, wanted if wanted <= context.top else polynomial.depth(approximation.guess.coefficients))
+    wanted = wanted if wanted <= context.top else polynomial.depth(approximation.guess.coefficients)
+    if mapped.level >= wanted:
+        return mapped
+    return context.backend.add_scalar(context.ensure_level(context.backend.add_scalar(mapped, 1.0), wanted), -1.0)
 
 
 def inverse_root(context: OperationContext, mapped: Ciphertext, approximation: InverseSquareRoot, level: int) -> Ciphertext:

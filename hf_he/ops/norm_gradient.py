@@ -93,7 +93,7 @@ class WaitingNormGradient(Operand):
         return super().ciphertext
 
     def _computed(self, level: int, gradient: Operand, statistics: Statistics) -> Ciphertext:
-        """At `level`; what falls short of it, the gradient, x - mean, 1 / sqrt and the variance, is refreshed in one batch."""
+        """At `level`; what falls short of it, the gradient, x - mean, 1 / sqrt and the variance (above its interval's lower end), is refreshed in one batch."""
         context, (weight, approximation, centre) = self.context, self._layer
         backend, c = context.backend, context.packing.features
         coefficients = slope(approximation)
@@ -105,9 +105,10 @@ class WaitingNormGradient(Operand):
                 (given, level + GRADIENT_DEPTH),
                 (statistics.centred, level + GRADIENT_DEPTH + 1),
                 (statistics.inverse, level + 1),
-                (statistics.mapped, for_slope),
+                (backend.add_scalar(statistics.mapped, 1.0), for_slope),
             ]
         )
+        mapped = backend.add_scalar(mapped, -1.0)
         with backend.log.measure("norm"):
             mapped = backend.drop_level(mapped, min(mapped.level, level + 2 + depth))
             slopes = backend.match_level(context.ensure_level(polynomial.evaluate(backend, mapped, coefficients), level + 2), level + 2)
