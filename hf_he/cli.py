@@ -40,7 +40,7 @@ def demo(
     model: Model = None,
     backend: Backend = "auto",
     parameters: PolicyParameters = None,
-    num_sentences: Annotated[int, typer.Option(min=1, help="Sentences to classify.")] = 32,
+    num_sentences: Annotated[int | None, typer.Option(min=1, help="Sentences to classify. Default: 32; 2 with fhelium and desilo on a CPU.")] = None,
     seed: Annotated[int, typer.Option(help="Which sentences of the MR test half are drawn.")] = 0,
     text: Annotated[Path | None, typer.Option(help="Your own sentences, one per line.")] = None,
     refresh: DemoRefresh = None,

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_he.bench import model as whole
+from hf_he.ckks.parameters import parameter_set
 from hf_he.cli import app
 from hf_he.errors import BackendUnavailableError, DataError
 from hf_he.nn import RangeTracker
@@ -63,3 +64,9 @@ def test_what_cannot_run_says_so():
         whole.measure(whole.workload("shipped", 1), "native", "cuda", print)
     result = CliRunner().invoke(app, ["bench", "model", "--priced", "--backend", "simulator"])
     assert result.exit_code != 0
+
+
+@pytest.mark.parametrize(("backend", "parameters"), [("native", "n14"), ("fhelium", "n14"), ("desilo", "n14-6")])
+def test_the_shipped_shape_runs_on_parameters_that_the_backend_has(backend, parameters):
+    assert whole.workload("shipped", 1, backend=backend).parameters == parameter_set(parameters)
+    assert whole.workload("shipped", 1, parameters="n13", backend=backend).parameters == parameter_set("n13")

@@ -9,9 +9,10 @@ import pytest
 from tiny_model import SENTENCES, save_tiny_model
 from typer.testing import CliRunner
 
-from hf_he import errors
+from hf_he import backends, errors
 from hf_he.ckks.parameters import PARAMETER_SETS
 from hf_he.cli import app, main
+from hf_he.scripts import demo
 
 COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "plan", "env", "train", "convert", "evaluate", "finetune", "bench")
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,3 +184,11 @@ class in_this_process:
 
     def __exit__(self, *_):
         pass
+
+
+@pytest.mark.parametrize(("backend", "device", "number"), [("native", None, 32), ("simulator", None, 32), ("desilo", None, 2), ("desilo", "cuda", 32)])
+def test_demos_of_slow_backends_are_reduced_on_a_cpu_and_say_so(backend, device, number, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_default_device", device)
+    assert demo.default_number(backend) == number
+    said = capsys.readouterr().err
+    assert ("reduced size: 2 sentences" in said) == (number == 2) and ("--num-sentences" in said) == (number == 2)

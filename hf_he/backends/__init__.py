@@ -1,8 +1,15 @@
-"""Backends by name. Adding one is one adapter file and one line in `BACKENDS`."""
+"""Backends by name. Adding one is one adapter file and one line in `BACKENDS`, or in the entry points of another package:
+
+[project.entry-points."hf_he.backends"]
+mine = "my_package.my_backend:MyBackend"
+
+tests/backends/test_contract.py runs with every backend found either way; tests/backends/fifth.py is the smallest that passes.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
@@ -21,6 +28,7 @@ BACKENDS = {
     "desilo": "hf_he.backends.desilo:DesiloBackend",
 }
 DEFAULT_BACKEND = "native"
+ENTRY_POINTS = "hf_he.backends"
 
 __all__ = [
     "BACKENDS",
@@ -43,13 +51,19 @@ _default_device: str | None = None
 def backend_class(name: str = "auto") -> type[HEBackend]:
     """The adapter class called `name` ("auto" = native). Raises BackendUnavailableError when it cannot be imported."""
     name = DEFAULT_BACKEND if name == "auto" else name
-    if name not in BACKENDS:
-        raise BackendUnavailableError(f"there is no backend called {quoted(name)}: choose one of auto, {', '.join(BACKENDS)}")
-    module, _, attribute = BACKENDS[name].partition(":")
+    known = BACKENDS if name in BACKENDS else _known()
+    if name not in known:
+        raise BackendUnavailableError(f"there is no backend called {quoted(name)}: choose one of auto, {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
     try:
         return getattr(import_module(module), attribute)
     except ImportError as error:
         raise BackendUnavailableError(f"the {name} backend cannot be imported ({error}): install what it needs, or choose another backend") from error
+
+
+def _known() -> dict[str, str]:
+    """Where each backend is, those of installed packages after ours, whose names they cannot take."""
+    return BACKENDS | {point.name: point.value for point in entry_points(group=ENTRY_POINTS) if point.name not in BACKENDS}
 
 
 def set_default_device(device: str | None) -> None:
@@ -87,7 +101,7 @@ def get_backend(name: str, parameters: CKKSParameters, device: str | None = None
 def available_backends() -> dict[str, tuple[bool, str]]:
     """Each backend's name with whether it runs here, and why not."""
     found = {}
-    for name in BACKENDS:
+    for name in _known():
         try:
             found[name] = backend_class(name).availability()
         except BackendUnavailableError as error:

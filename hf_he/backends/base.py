@@ -51,6 +51,8 @@ class HEBackend(Adapter):
     """Parameter set where the client refreshes."""
     devices: tuple[str, ...] = ("cpu",)
     """Kinds of device; a backend with more than one takes a `device` when it is made."""
+    demo_sentences = 32
+    """How many `hf-he demo` classifies unless told, on a CPU: those of a few minutes."""
 
     def __init__(self, parameters: CKKSParameters) -> None:
         self.parameters = parameters
@@ -75,6 +77,11 @@ class HEBackend(Adapter):
             raise BackendUnavailableError(
                 f"the {cls.name} backend runs on a CPU only: leave --device out, or choose --backend fhelium (or desilo) for {device}"
             )
+
+    @classmethod
+    def placed_on(cls, device: str | None) -> str:
+        """The kind of device on which a backend made with this `device` computes."""
+        return (device or "cpu").partition(":")[0]
 
     def capabilities(self) -> dict[str, bool]:
         return {"bootstrap": self.bootstraps and bool(self.parameters.bootstrap_moduli), "conjugate": True, "periodic_plaintexts": True}

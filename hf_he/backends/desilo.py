@@ -87,6 +87,7 @@ class DesiloBackend(HEBackend):
     iterates = False
     default_refresh = "client"
     default_parameters = "n14-6"
+    demo_sentences = 2
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,42 +23,14 @@ from hf_he.backends import fhelium_files as files
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.fhelium_bootstrap import FheliumBootstrapping, FheliumBootstrappingKeys, KeyPart, secret_coefficients
 from hf_he.backends.fhelium_engine import choose_device, make_engine
-from hf_he.backends.keys import SecretKeyBase, new_key_id, refuse_secret_key
+from hf_he.backends.fhelium_keys import HOST, FheliumKeys, FheliumPublicKey, FheliumSecretKey, KeyResidency
+from hf_he.backends.fhelium_matrix import residue_products
+from hf_he.backends.keys import new_key_id, refuse_secret_key
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import ParameterError, SecretKeyOnServerError
 
 SUPPORTED_VERSION = "0.30"
-SPLIT_BITS = 25
-"""Residues are split here for exact float64 matrix products."""
-
-EXACT = 2**53
-
-
-class FheliumSecretKey(SecretKeyBase):
-    """A secret polynomial, and the public key that encrypts for it."""
-
-    def __init__(self, key_id: str, fingerprint: str, secret: Any, public: Any) -> None:
-        super().__init__(key_id, fingerprint)
-        self.secret = secret
-        self.public = public
-
-
-@dataclass(frozen=True, eq=False)
-class FheliumPublicKey:
-    key_id: str
-    fingerprint: str
-    public: Any = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class FheliumKeys:
-    """Relinearisation, rotations by the contract's steps, conjugation."""
-
-    fingerprint: str
-    relinearization: Any = field(repr=False)
-    rotations: dict[int, Any] = field(repr=False)
-    conjugation: Any = field(repr=False, default=None)
 
 
 class FheliumBackend(HEBackend):
@@ -71,6 +43,7 @@ class FheliumBackend(HEBackend):
     devices = ("cpu", "cuda")
     bootstraps = True
     default_refresh = "client"
+    demo_sentences = 2
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
@@ -78,6 +51,7 @@ class FheliumBackend(HEBackend):
         chain = tuple(reversed(parameters.moduli))
         self._moduli = torch.tensor(chain, dtype=torch.int64, device=self.device)
         self._engine = make_engine(parameters)
+        self._resident = KeyResidency(self.device)
 
     @classmethod
     def availability(cls) -> tuple[bool, str]:
@@ -91,6 +65,10 @@ class FheliumBackend(HEBackend):
         if not found.startswith(f"{SUPPORTED_VERSION}."):
             return False, f"FHElium {found} is installed, this adapter is written for {SUPPORTED_VERSION}: pip install 'fhelium=={SUPPORTED_VERSION}.*'"
         return True, f"FHElium {found}"
+
+    @classmethod
+    def placed_on(cls, device: str | None) -> str:
+        return choose_device(device).type if cls.availability()[0] else super().placed_on(device)
 
     # ---- keys ----
     def generate_secret_key(self) -> FheliumSecretKey:
@@ -116,11 +94,11 @@ class FheliumBackend(HEBackend):
         steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
         secret, engine, keys = secret_key.secret, self._engine, {}
         for done, step in enumerate(steps, start=1):
-            keys[step] = engine.create_rotation_key(self._shift(step), secret, device=self.device)
+            keys[step] = engine.create_rotation_key(self._shift(step), secret, device=self.device).to(HOST)
             if progress is not None:
                 progress(done, len(steps))
-        relinearization = engine.create_relinearization_key(secret, device=self.device)
-        conjugating = engine.create_conjugation_key(secret, device=self.device) if conjugation else None
+        relinearization = engine.create_relinearization_key(secret, device=self.device).to(HOST)
+        conjugating = engine.create_conjugation_key(secret, device=self.device).to(HOST) if conjugation else None
         payload = FheliumKeys(self.parameters.fingerprint, relinearization, keys, conjugating)
         return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation, extra)
 
@@ -308,31 +286,11 @@ class FheliumBackend(HEBackend):
         return self._like(self._engine.multiply_integer_scalar(self._value(a), value).data, a.batch_shape)
 
     def _linear_combination(self, weights: np.ndarray, a: Ciphertext) -> torch.Tensor:
-        """Exact: residues are split at 2^25 and multiplied in float64, in chunks whose sums stay below 2^53."""
-        shape = a.payload.shape
-        moduli = self._moduli[-shape[-2] :, None]
-        rows = a.payload.transpose(0, 1).reshape(shape[1], -1)
-        largest = max(int(np.abs(weights).max(initial=0)), 1)
-        chunk = max(EXACT // (largest << SPLIT_BITS), 1)
-        matrix = torch.from_numpy(weights.astype(np.float64)).to(self.device)
-        total = None
-        for first in range(0, shape[1], chunk):
-            part, columns = rows[first : first + chunk], matrix[:, first : first + chunk]
-            low = columns @ (part & ((1 << SPLIT_BITS) - 1)).double()
-            high = columns @ (part >> SPLIT_BITS).double()
-            value = self._joined(high.long().view(-1, *shape[-2:]), low.long().view(-1, *shape[-2:]), moduli)
-            total = value if total is None else (total + value).remainder_(moduli)
-        return total.view(len(weights), shape[0], *shape[2:]).transpose(0, 1).contiguous()
-
-    @staticmethod
-    def _joined(high: torch.Tensor, low: torch.Tensor, moduli: torch.Tensor) -> torch.Tensor:
-        """high * 2^25 + low modulo each row's modulus, in shifts that stay below 2^63."""
-        for bits in (SPLIT_BITS // 2, SPLIT_BITS - SPLIT_BITS // 2):
-            high = (high.remainder(moduli) << bits).remainder_(moduli)
-        return (high + low.remainder(moduli)).remainder_(moduli)
+        moduli = self._moduli[-a.payload.shape[-2] :]
+        return residue_products(weights, a.payload.transpose(0, 1), moduli).transpose(0, 1).contiguous()
 
     def _relinearize(self, a: Ciphertext) -> torch.Tensor:
-        value = self._engine.relinearize(self._value(a), self._keys.relinearization, output_domain="ntt")
+        value = self._engine.relinearize(self._value(a), self._resident(self._keys.relinearization), output_domain="ntt")
         return self._like(value.data, a.batch_shape)
 
     def _rescale(self, a: Ciphertext) -> torch.Tensor:
@@ -350,7 +308,7 @@ class FheliumBackend(HEBackend):
         moving = [s for s in steps if s]
         rotated: list[Any] = []
         if moving:
-            keys = [self._keys.rotations[s] for s in moving]
+            keys = [self._resident(self._keys.rotations[s]) for s in moving]
             rotated = self._engine.rotate_many_with_keys(self._coefficients(a), keys, output_domain="ntt")
         found = iter(rotated)
         return torch.stack([self._like(next(found).data, a.batch_shape) if s else a.payload for s in steps], dim=1)
@@ -361,18 +319,18 @@ class FheliumBackend(HEBackend):
             part = self._take(a, g)
             if step:
                 value = self._engine.ntt_domain_to_coefficient_domain(self._wrap(part, a.level, a.scale))
-                value = self._engine.rotate_with_key(value, self._keys.rotations[step], output_domain="ntt")
+                value = self._engine.rotate_with_key(value, self._resident(self._keys.rotations[step]), output_domain="ntt")
                 part = self._like(value.data, a.batch_shape[1:])
             total = part if total is None else self._reduced(total + part)
         return total
 
     def _conjugate(self, a: Ciphertext) -> torch.Tensor:
-        value = self._engine.conjugate(self._coefficients(a), self._keys.conjugation, output_domain="ntt")
+        value = self._engine.conjugate(self._coefficients(a), self._resident(self._keys.conjugation), output_domain="ntt")
         return self._like(value.data, a.batch_shape)
 
     @cached_property
     def _bootstrapping(self) -> FheliumBootstrapping:
-        return FheliumBootstrapping(self.parameters, self.device)
+        return FheliumBootstrapping(self.parameters, self._resident)
 
     @cached_property
     def _bootstrapper(self) -> Bootstrapper:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_he.backends.fhelium_engine import make_engine
+from hf_he.backends.fhelium_keys import HOST, KeyResidency
 from hf_he.ckks.bootstrapping.keys import ephemeral_parameters, rotation_limbs, sparse_ternary
 from hf_he.ckks.bootstrapping.plan import EPHEMERAL_WEIGHT, BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients
@@ -64,11 +65,12 @@ RELINEARIZATION, CONJUGATION, RAISE, LOWER = "relinearization", "conjugation", "
 class FheliumEvaluator:
     """What the pipeline asks of hf_he.ckks.evaluator.Evaluator, on an FHElium engine of its own."""
 
-    def __init__(self, parameters: CKKSParameters, device: torch.device) -> None:
+    def __init__(self, parameters: CKKSParameters, resident: KeyResidency) -> None:
         self.parameters = parameters
-        self.device = device
+        self.resident = resident
+        self.device = resident.device
         self.engine = make_engine(parameters)
-        self._moduli = torch.tensor(parameters.moduli, dtype=torch.int64, device=device)
+        self._moduli = torch.tensor(parameters.moduli, dtype=torch.int64, device=self.device)
         self._one = self._prepared(np.eye(1, parameters.ring_degree)[0], parameters.max_level).flip(0)[:, 0].tolist()
 
     # ---- FHElium's values: component first, highest limb first ----
@@ -195,22 +197,22 @@ class FheliumEvaluator:
 
     # ---- key switching ----
     def relinearize(self, a: torch.Tensor, keys: GaloisKeys) -> torch.Tensor:
-        return self._payload(self.engine.relinearize(self._value(a), keys.relinearization, output_domain="ntt"))
+        return self._payload(self.engine.relinearize(self._value(a), self.resident(keys.relinearization), output_domain="ntt"))
 
     def relinearize_rescale(self, a: torch.Tensor, keys: GaloisKeys) -> torch.Tensor:
         return self.rescale(self.relinearize(a, keys))
 
     def switch_key(self, a: torch.Tensor, key: Any) -> torch.Tensor:
-        return self._payload(self.engine.switch_key(self._coefficients(a), key, output_domain="ntt"))
+        return self._payload(self.engine.switch_key(self._coefficients(a), self.resident(key), output_domain="ntt"))
 
     def conjugate(self, a: torch.Tensor, keys: GaloisKeys) -> torch.Tensor:
-        return self._payload(self.engine.conjugate(self._coefficients(a), keys.conjugation, output_domain="ntt"))
+        return self._payload(self.engine.conjugate(self._coefficients(a), self.resident(keys.conjugation), output_domain="ntt"))
 
     def rotate(self, a: torch.Tensor, keys: GaloisKeys, steps: Sequence[int]) -> torch.Tensor:
         """[len(steps), *batch, 2, limbs, N], hoisted."""
         slots = self.parameters.slots
         steps = [step % slots for step in steps]
-        moving = [keys.rotations[step] for step in steps if step]
+        moving = [self.resident(keys.rotations[step]) for step in steps if step]
         turned = iter(self.engine.rotate_many_with_keys(self._coefficients(a), moving, output_domain="ntt") if moving else ())
         return torch.stack([self._payload(next(turned)) if step else a for step in steps])
 
@@ -236,13 +238,13 @@ def secret_coefficients(parameters: CKKSParameters, engine: Any, secret: Any) ->
 class FheliumBootstrapping:
     """The engines of one parameter set's bootstrapping: the full chain, and that of the ephemeral secret."""
 
-    def __init__(self, parameters: CKKSParameters, device: torch.device) -> None:
+    def __init__(self, parameters: CKKSParameters, resident: KeyResidency) -> None:
         self.plan = BootstrapPlan(parameters)
-        self.full = FheliumEvaluator(self.plan.full, device)
-        self.small = FheliumEvaluator(ephemeral_parameters(self.plan), device)
+        self.full = FheliumEvaluator(self.plan.full, resident)
+        self.small = FheliumEvaluator(ephemeral_parameters(self.plan), resident)
 
     def key_parts(self, coefficients: np.ndarray, progress: Callable[[int, int], None] | None = None) -> Iterator[KeyPart]:
-        """Fresh keys for the secret with these coefficients, one at a time; draws the ephemeral secret and drops it."""
+        """Fresh keys for the secret with these coefficients, one at a time, in host memory; draws the ephemeral secret and drops it."""
         slots, full, small = self.plan.parameters.slots, self.full, self.small
         sparse = sparse_ternary(self.plan.parameters.ring_degree, EPHEMERAL_WEIGHT, Stream())
         main = full.secret_key(coefficients)
@@ -255,6 +257,6 @@ class FheliumBootstrapping:
             *((str(step), lambda step=step: full.engine.create_rotation_key(-step % slots, main)) for step in steps),
         ]
         for done, (name, make) in enumerate(makers, start=1):
-            yield KeyPart(name, make())
+            yield KeyPart(name, make().to(HOST))
             if progress is not None:
                 progress(done, len(makers))

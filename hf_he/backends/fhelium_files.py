@@ -7,20 +7,18 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys
 from hf_he.backends.fhelium_bootstrap import CONJUGATION, LOWER, RAISE, RELINEARIZATION, FheliumBootstrapping, FheliumEvaluator, KeyPart
+from hf_he.backends.fhelium_keys import HOST, FheliumKeys, FheliumPublicKey, FheliumSecretKey
 from hf_he.ckks.bootstrapping.keys import rotation_limbs
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import CorruptFileError, WrongKeyError
 from hf_he.serialization import pack, pack_residues, read_file, unpack_for, unpack_residues, write_file
-
-if TYPE_CHECKING:
-    from hf_he.backends.fhelium import FheliumPublicKey, FheliumSecretKey
 
 BACKEND = "fhelium"
 BOOTSTRAPPING = "bootstrapping_keys"
@@ -115,8 +113,6 @@ def write_evaluation_keys(parameters: CKKSParameters, keys: EvaluationKeys) -> b
 def _evaluation_keys(parameters: CKKSParameters, device: torch.device, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> EvaluationKeys:
     from fhelium import ConjugationKey, RelinearizationKey, RotationKey
 
-    from hf_he.backends.fhelium import FheliumKeys
-
     rotations = arrays.pop("rotations")
     if rotations.dtype != np.int64 or rotations.ndim != 1 or (np.diff(rotations, prepend=0) <= 0).any() or (rotations >= parameters.slots).any():
         raise ValueError
@@ -126,7 +122,7 @@ def _evaluation_keys(parameters: CKKSParameters, device: torch.device, arrays: d
     steps = rotations.tolist()
     digits = -(-len(parameters.moduli) // parameters.digit_size)
     shape = (1 + len(steps) + conjugation, digits, 2)
-    data = _unpacked(arrays, "keys", shape, _chain(parameters), parameters.ring_degree, device)
+    data = _unpacked(arrays, "keys", shape, _chain(parameters), parameters.ring_degree, HOST)
     primes = tuple(range(len(_chain(parameters))))
     turned = {step: RotationKey(data=data[i], prime_ids=primes, rotation_step=-step % parameters.slots) for i, step in enumerate(steps, start=1)}
     conjugating = ConjugationKey(data=data[-1], prime_ids=primes) if conjugation else None
@@ -146,8 +142,6 @@ def _public(parameters: CKKSParameters, device: torch.device, arrays: dict[str, 
 
 
 def _public_key(parameters: CKKSParameters, device: torch.device, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> FheliumPublicKey:
-    from hf_he.backends.fhelium import FheliumPublicKey
-
     return FheliumPublicKey(metadata["key_id"], parameters.fingerprint, _public(parameters, device, arrays, "residues"))
 
 
@@ -158,8 +152,6 @@ def write_secret_key(parameters: CKKSParameters, key: FheliumSecretKey) -> bytes
 
 def _secret_key(parameters: CKKSParameters, device: torch.device, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> FheliumSecretKey:
     from fhelium import SecretKey
-
-    from hf_he.backends.fhelium import FheliumSecretKey
 
     chain = _chain(parameters)
     secret = SecretKey(_unpacked(arrays, "secret", (), chain, parameters.ring_degree, device), tuple(range(len(chain))))
@@ -195,7 +187,7 @@ def read_bootstrapping_keys(bootstrapping: FheliumBootstrapping, key_id: str, fo
             raise WrongKeyError(f"the bootstrapping keys belong to key {metadata['key_id']}, the evaluation keys to {key_id}: use one key folder")
         chain = _chain(evaluator.parameters)
         try:
-            data = _unpacked(arrays, "key", (evaluator.engine.key_digit_count, 2), chain, parameters.ring_degree, evaluator.device)
+            data = _unpacked(arrays, "key", (evaluator.engine.key_digit_count, 2), chain, parameters.ring_degree, HOST)
         except (KeyError, ValueError):
             raise _garbled(BOOTSTRAPPING) from None
         if arrays or metadata.get("name") != name:

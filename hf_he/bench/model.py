@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_he import __version__
-from hf_he.backends import get_backend
+from hf_he.backends import backend_class, get_backend
 from hf_he.bench.finetune import ENTRIES, PAPER_SHAPE, SHIPPED_SHAPE, Shape, make_model
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
@@ -63,12 +63,15 @@ class Workload:
         return -(-len(self.embeddings) // self.packing.sequences)
 
 
-def workload(name: str, batch: int | None = None, features: int | None = None, parameters: str | None = None) -> Workload:
-    """A shape by name, on `batch` sentences (default: as many as one packed batch holds). Raises DataError for an unknown shape or batch."""
+def workload(name: str, batch: int | None = None, features: int | None = None, parameters: str | None = None, backend: str = "native") -> Workload:
+    """A shape by name, on `batch` sentences (default: as many as one packed batch holds), by default with parameters of the shape that `backend` has.
+
+    Raises DataError for an unknown shape or batch.
+    """
     if name not in SHAPES:
         raise DataError(f"--shape does not know {name}: choose from {', '.join(SHAPES)}")
     shape = SHAPES[name]
-    chosen = parameter_set(parameters or shape.parameters)
+    chosen = parameter_set(parameters or (backend_class(backend).default_parameters if shape is SHIPPED_SHAPE else shape.parameters))
     packing = Packing.fit(chosen.slots, features or shape.features, shape.tokens)
     batch = packing.sequences if batch is None else batch
     if batch < 1:

@@ -132,7 +132,7 @@ def model(
     shape: Annotated[str, typer.Option(help="shipped: the model that ships; paper: 2 x 768, 12 heads, 128 tokens, random weights.")] = "shipped",
     batch: Annotated[int | None, typer.Option(min=1, help="Sentences; default: as many as one packed batch holds.")] = None,
     features: Annotated[int | None, typer.Option(min=1, help="Features per ciphertext; 1 is for batches of hundreds.")] = None,
-    parameters: Annotated[str | None, typer.Option(help="Parameter set; default: that of the shape.")] = None,
+    parameters: Annotated[str | None, typer.Option(help="Parameter set; default: that of the shape, or the backend's.")] = None,
     priced: Annotated[bool | None, typer.Option("--priced/--run", help="Project from operation counts; default: the native engine's paper shape only.")] = None,
     project: Annotated[Path | None, typer.Option(help="Price counted operations with the published times of a GPU in this file instead.")] = None,
     json_output: Json = False,
@@ -156,7 +156,7 @@ def model(
         def announce(text: str) -> None:
             progress.update(progress.task_ids[0], note=text)
 
-        work = whole.workload(shape, batch, features, parameters)
+        work = whole.workload(shape, batch, features, parameters, backend)
         row = whole.priced(work) if priced else whole.measure(work, backend, device, announce)
     if json_output:
         print_json(row)
@@ -281,6 +281,7 @@ def _show_attention(data: dict[str, Any], json_output: bool) -> None:
         "paper": "Zimerman et al. (arXiv 2410.09457, v2), one A100",
     }
     columns = ["operator", "tokens", "sequences", "head_dim", "parameters", "seconds", "cpu_seconds", "refreshed", "max_error", "ratio"]
+    columns += ["function_seconds", "function_refreshed", "function_ratio"]
     for part, title in titles.items():
         present = [name for name in columns if data[part] and name in data[part][0]]
         table = Table(title=title)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_he.backends import backend_class
+from hf_he.backends import HEBackend, backend_class, default_device
 from hf_he.checkpoints import default_model
 from hf_he.ckks.parameters import parameter_set
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, Client
@@ -36,6 +36,15 @@ from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import write_file
 
 REQUIRED_AGREEMENT = 0.99
+
+
+def default_number(backend: str) -> int:
+    """How many sentences a demo takes: all on a GPU, and on a CPU what the backend does in minutes; says so where that is fewer."""
+    cls = backend_class(backend)
+    if cls.demo_sentences < HEBackend.demo_sentences and cls.placed_on(default_device()) == "cpu":
+        say(f"reduced size: {cls.demo_sentences} sentences, because {cls.name} takes minutes for them on a CPU (--num-sentences N for more)")
+        return cls.demo_sentences
+    return HEBackend.demo_sentences
 
 
 def choose_sentences(number: int, seed: int, text: Path | None) -> tuple[list[str], list[int] | None]:
@@ -104,7 +113,7 @@ def demo(
     model: Path | None,
     backend: str,
     parameters: str | None,
-    num_sentences: int,
+    num_sentences: int | None,
     seed: int,
     text: Path | None,
     refresh: str | None,
@@ -113,7 +122,7 @@ def demo(
     features: int | None = None,
 ) -> bool:
     """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
-    texts, labels = choose_sentences(num_sentences, seed, text)
+    texts, labels = choose_sentences(num_sentences or default_number(backend), seed, text)
     parameters, refresh = choose_policy(backend, parameters, refresh)
     result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace, features)
     data: dict[str, Any] = result.to_json()

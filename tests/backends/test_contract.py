@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_he.backends import available_backends, get_backend
+from hf_he.backends import BACKENDS, available_backends, get_backend
 from hf_he.backends.keys import SecretKeyBase, refuse_secret_key
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.errors import (
@@ -34,6 +34,7 @@ def toy_parameters() -> CKKSParameters:
 
 
 AVAILABLE = [name for name, (ok, _) in available_backends().items() if ok]
+EXAMPLE = "fifth"
 
 
 class Party:
@@ -59,7 +60,15 @@ class Party:
         np.testing.assert_allclose(self.backend.decrypt(ct, self.secret), expected, atol=tolerance)
 
 
-@pytest.fixture(scope="module", params=[(name, size) for name in AVAILABLE for size in ("toy", "n14")], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(scope="module", autouse=True)
+def example():
+    """tests/backends/fifth.py, one file, as a backend like the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKENDS, EXAMPLE, "fifth:FifthBackend")
+        yield
+
+
+@pytest.fixture(scope="module", params=[(name, size) for name in (*AVAILABLE, EXAMPLE) for size in ("toy", "n14")], ids=lambda p: f"{p[0]}-{p[1]}")
 def party(request) -> Party:
     name, size = request.param
     if (name, size) == ("desilo", "toy"):
