@@ -53,12 +53,18 @@ def mapped(context: OperationContext, operand: Operand, approximation: Polynomia
 
 def evaluated(context: OperationContext, ct: Ciphertext, approximation: Polynomial) -> Ciphertext:
     """The polynomial of a mapped input; wide batches, of one feature per ciphertext, in pieces: powers are several times the input's size."""
-    backend, piece = context.backend, math.gcd(ct.count, LARGEST_BATCH)
+    backend = context.backend
+    flat = backend.reshape(ct, (ct.count,))
+
+    def part(own: range) -> Ciphertext:
+        count, piece = len(own), math.gcd(len(own), LARGEST_BATCH)
+        if count <= LARGEST_BATCH:
+            return polynomial.evaluate(backend, backend.take(flat, slice(own.start, own.stop)), approximation.coefficients)
+        pieces = (backend.take(flat, slice(start, start + piece)) for start in range(own.start, own.stop, piece))
+        return backend.reshape(backend.stack([polynomial.evaluate(backend, piece, approximation.coefficients) for piece in pieces]), (count,))
+
     with backend.log.measure("activation"):
-        if ct.count <= LARGEST_BATCH:
-            return polynomial.evaluate(backend, ct, approximation.coefficients)
-        pieces = (backend.take(ct, slice(start, start + piece)) for start in range(0, ct.count, piece))
-        return backend.reshape(backend.stack([polynomial.evaluate(backend, part, approximation.coefficients) for part in pieces]), ct.batch_shape)
+        return backend.reshape(context.sharded(ct.count, part), ct.batch_shape)
 
 
 def gradient(context: OperationContext, ct: Ciphertext, approximation: Polynomial, upstream: Operand) -> Operand:

@@ -88,7 +88,8 @@ class OperationContext:
         return found
 
     def sharded(self, parts: int, compute: Callable[[range], Ciphertext]) -> Ciphertext:
-        """compute(range(parts)) [parts, ...]; with `shards`, each rank computes its share of the parts only. It must not refresh."""
+        """compute(range(parts)) [parts, ...]; with `shards`, each rank computes its share of the parts only. It must not refresh
+        batches in turns."""
         return compute(range(parts)) if self.shards is None else self.shards.concatenate(parts, compute)
 
     def canonical_factor(self, level: int, scale: float) -> float:

@@ -3,7 +3,7 @@
 Diagonals j = g * b + a of the token-by-token matrix are taken un-aligned, as in hf_he.ops.attention: D_j = rotate(k, a) - rotate(q, -g b), per feature.
 Sums over a head's features are sums of ciphertexts, so scores cost no rotation and one relinearisation per diagonal, and each already is a full
 ciphertext: T of them per head, whose weights multiply rotate(v, a) without being copied anywhere. One head after another, which bounds the memory by
-the rotations of one head's features.
+the rotations of one head's features; ranks of a sharded server take heads of their own.
 """
 
 from __future__ import annotations
@@ -54,15 +54,20 @@ def encrypted(
     _prepare([(operand, level) for operand, level, _ in wanted])
     if mask is not None:
         mask = backend.match_level(context.ensure_level(mask, levels.value + 1), levels.value + 1)
-    outputs = []
-    for head in range(heads):
-        rows = np.arange(head * width, (head + 1) * width)
-        q, k, v = (_projected(_rows(operand, rows), level, factor) for operand, level, factor in wanted)
-        with backend.log.measure("attention"):
-            v = v if mask is None else context.product(v, mask)
-            weights = attention.kernel(context, scores(context, q, k), approximation.squarings, levels.value)
-            outputs.append(weighted_sum(context, weights, v))
-    return backend.reshape(backend.stack(outputs), (query.features,))
+
+    def computed(own: range) -> Ciphertext:
+        outputs = []
+        for head in own:
+            rows = np.arange(head * width, (head + 1) * width)
+            q, k, v = (_projected(_rows(operand, rows), level, factor) for operand, level, factor in wanted)
+            with backend.log.measure("attention"):
+                v = v if mask is None else context.product(v, mask)
+                weights = attention.kernel(context, scores(context, q, k), approximation.squarings, levels.value)
+                outputs.append(weighted_sum(context, weights, v))
+        return backend.stack(outputs)
+
+    together = context.shards is not None and context.refresh is not None and context.refresh.lanes > 1  # batches in turns must not part here
+    return backend.reshape(computed(range(heads)) if together else context.sharded(heads, computed), (query.features,))
 
 
 def baby_count(packing: Packing) -> int:
