@@ -121,8 +121,8 @@ def _write_keys(client: GenerationClient, folder: str, refresh: str, lora: HELor
     """Fresh keys in `folder`; the client keeps its own half only."""
     start = time.perf_counter()
     with progress_bar(f"Generating keys ({client.backend.name})") as progress:
-        keys = client.keygen(count_progress(progress), bootstrapping=refresh == "bootstrap", lora=lora)
-        sizes = keys.save(folder)
+        keys = client.keygen(count_progress(progress), lora=lora)
+        sizes = keys.save(folder, count_progress(progress), bootstrapping=refresh == "bootstrap")
     client.use_keys(replace(keys, evaluation=None))
     return sizes, time.perf_counter() - start
 

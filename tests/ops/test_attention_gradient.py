@@ -152,6 +152,25 @@ def test_refreshes_are_shared(make_lab, query, level, expected):
     check(lab, gradients, expected_gradients(tensors, do, keep, 2, 0.3, kernel))
 
 
+@pytest.mark.parametrize("policy", ["recompute", "keep"])
+def test_a_refresh_is_of_the_scores(make_lab, policy):
+    """And not of 1 + score: a bootstrap's error grows with the cube of what the slots have in common, and every squaring doubles it."""
+    lab, values = make_lab(levels=13), []
+    answer = lab.session.refresh.callback
+
+    def record(data):
+        values.append(lab.decrypt(lab.backend.deserialize(data, "ciphertext"), 16))
+        return answer(data)
+
+    tensors, _, keep = problem(lab)
+    operands = [lab.encrypt(x).operand for x in tensors]
+    lab.session.refresh.callback = record
+    kernel = kernel_exponential((-8.0, 0.0), 6)
+    attention_gradient.forward(lab.session, *operands, lab.encrypt_mask(keep).ciphertext, 2, 0.3, kernel, policy=policy)
+    (scores,) = values
+    assert scores.max() < 1e-4 and -8.0 / kernel.degree < scores.min() < -1e-3
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_was_kept_of_the_kernel_is_not_refreshed(make_lab, masked):
     """Six squarings leave 7 of 13 levels, exactly what gradients at ADAPTER_LEVEL need of the kernel, its mask included, and of its derivative: kept values

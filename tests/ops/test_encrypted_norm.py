@@ -48,6 +48,22 @@ def test_layer_norm_refreshes_one_ciphertext(lab):
     assert lab.session.refresh.count == 1
 
 
+def test_a_refresh_is_of_the_variance_above_its_lower_end(lab):
+    """A bootstrap's error grows with the cube of what the slots have in common, and 1 / sqrt needs small variances most precisely."""
+    refreshed, answer = [], lab.session.refresh.callback
+
+    def record(data):
+        refreshed.append(lab.decrypt(lab.backend.deserialize(data, "ciphertext"), 16))
+        return answer(data)
+
+    lab.session.refresh.callback = record
+    x, approximation = lab.states(), fit_inverse_square_root((0.1, 15.0), 7, 1)
+    _ = norm.WaitingNorm(lab.encrypt(x).operand, torch.ones(16), None, 1e-5, approximation).ciphertext
+    (found,) = refreshed
+    variance = x.var(-1, unbiased=False, keepdim=True).expand_as(x)
+    torch.testing.assert_close(found, 2.0 * (variance - 0.1) / 14.9, atol=1e-4, rtol=0)
+
+
 def test_layer_norm_over_several_blocks(lab):
     x, weight, bias = 2 * lab.states(48) + 1, lab.random(48), lab.random(48)
     approximation = fit_inverse_square_root((1.0, 10.0), 15, 1)
