@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -31,6 +32,13 @@ def load_decoder(directory: str | Path, adapter: str | Path | None = None) -> Pr
             raise
         raise CorruptFileError(f"{directory} holds no usable polynomial-mode decoder ({type(error).__name__}): copy or convert the model again") from error
     return model if adapter is None else _with_adapter(model, Path(adapter))
+
+
+def is_decoder(directory: str | Path) -> bool:
+    """Whether a folder with a saved model holds a causal language model. Raises DataError or CorruptFileError as `model_fingerprint`."""
+    model_fingerprint(directory)
+    architectures = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    return any(str(name).endswith("ForCausalLM") for name in architectures)
 
 
 def decoder_fingerprint(directory: str | Path, adapter: str | Path | None = None) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
+from hf_he.generation.model import is_decoder, load_decoder
 from hf_he.packing import Packing
 from hf_he.planner import Plan, choose_packing, key_sizes, make_plan, make_plans
 from hf_he.protocol import SEQUENCE_LENGTH
@@ -19,13 +20,14 @@ from hf_he.scripts.display import console, print_json
 
 def collect(model: Path | None, parameters: str, batch: int | None = None) -> dict[str, Any]:
     """Everything `hf-he plan` shows, JSON-ready. With `batch`, of the packing that suits so many sentences, and why it does."""
-    classifier, chosen = load_classifier(model or default_model()), parameter_set(parameters)
+    directory, chosen = model or default_model(), parameter_set(parameters)
+    loaded = load_decoder(directory) if is_decoder(directory) else load_classifier(directory)
     if batch is not None:
-        choice = choose_packing(make_plans(classifier, chosen, SEQUENCE_LENGTH), batch)
+        choice = choose_packing(make_plans(loaded, chosen, SEQUENCE_LENGTH), batch)
         why = {"batch": batch, "seconds_by_features": {str(width): value for width, value in choice.seconds.items()}, "reason": choice.reason}
         return describe(choice.plan, chosen, choice.packing) | {"parameters": parameters, "packing": why}
-    packing = Packing.fit(chosen.slots, classifier.config.hidden_size, SEQUENCE_LENGTH)
-    return describe(make_plan(classifier, chosen, packing), chosen, packing) | {"parameters": parameters}
+    packing = Packing.fit(chosen.slots, loaded.config.hidden_size, SEQUENCE_LENGTH)
+    return describe(make_plan(loaded, chosen, packing), chosen, packing) | {"parameters": parameters}
 
 
 def describe(plan: Plan, parameters: CKKSParameters, packing: Packing) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hf_he.generation.model import load_decoder
 from hf_he.generation.plan import plan_generation
 from hf_he.packing import Packing
 from hf_he.scripts.generate import KERNELS
+from hf_he.scripts.plan import collect
 
 PER_DOUBLING = {"gaussian_kernel": 1, "normalized_gaussian_kernel": 2, "power_softmax": 2}
 """Rotations a layer: over the keys, and over the row sums where there are any."""
@@ -27,6 +28,11 @@ def test_cost_of_a_token_at_16_32_and_64_tokens(kernel):
     for name in ("multiply", "relinearize", "multiply_plain", "rescale"):
         assert len({plan.operations[name] for plan in plans}) == 1, name
     assert len({len(plan.refreshes) for plan in plans}) == 1
+
+
+def test_hf_he_plan_takes_decoders():
+    data = collect(default_decoder("power_softmax"), "n14")
+    assert len(data["refreshes"]) == 13 and {row["kind"] for row in data["placement"]} == {"attention", "norm", "activation"}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
