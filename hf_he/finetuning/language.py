@@ -108,10 +108,14 @@ class EncryptedTextTrainer:
         return self.training.settings
 
     def prepare(self) -> Path:
-        """Keys and settings on the disk, where there are none; the evaluation-key file, which a server is started with."""
+        """Keys and settings on the disk, where there are none; the evaluation-key file, which a server is started with.
+
+        Raises RangeError when training in the clear leaves a fitted range, which nothing would notice on the server.
+        """
         own = self.folder / "client"
-        own.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self._ready:
+            self._keep_ranges()
+            own.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._announce("Generating keys")
             keys = self.training.keygen()
             keys.save(own / "keys", bootstrapping=self.refresh == "bootstrap")
@@ -187,6 +191,14 @@ class EncryptedTextTrainer:
         for step in range(1, self.settings.steps + 1):
             twin.text_step(*self._batch(step))
         return twin
+
+    def _keep_ranges(self) -> None:
+        """Take all steps in the clear, which the report needs anyway."""
+        try:
+            self.twin  # noqa: B018
+        except RangeError as error:
+            rate = self.settings.learning_rate
+            raise RangeError(f"training would leave a fitted range ({error}): lower the learning rate, now {rate:g}, or take fewer steps") from error
 
     def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.order.step(step)

@@ -161,6 +161,12 @@ def test_texts_beyond_the_fitted_ranges_are_refused(decoder, tmp_path, monkeypat
         EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **OPTIONS)
 
 
+def test_rates_that_leave_the_fitted_ranges_are_refused_before_any_key(decoder, tmp_path):
+    with pytest.raises(RangeError, match="lower the learning rate, now 100"):
+        EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **(OPTIONS | {"steps": 6, "learning_rate": 100.0})).train()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_server_process_without_the_secret_key(tmp_path):
     lines, decoder = [], save_tiny_decoder(tmp_path / "model")
     report = EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **(OPTIONS | {"steps": 1}), announce=lines.append).train()
