@@ -8,11 +8,18 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fhelium style quality bench clean
 
-# FHElium needs Python 3.12, a C++ compiler and, with FHELIUM_BACKENDS=CPU+CUDA, the CUDA toolkit of torch's major version.
+# FHElium needs Python 3.12 and a C++ compiler. FHELIUM_BACKENDS=CPU+CUDA takes nvcc of torch's CUDA version from CUDA_HOME or else from wheels;
+# CUDAARCHS=90, say, compiles for one architecture only.
 PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python; do $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 FHELIUM_VENV := .venv-fhelium
 FHELIUM_BACKENDS ?= CPU
 FHELIUM := fhelium==0.30.0
+FHELIUM_COMPILED := $(FHELIUM_VENV)/.compiled-$(FHELIUM_BACKENDS)
+ifneq ($(findstring CUDA,$(FHELIUM_BACKENDS)),)
+CUDA_WHEELS := $(CURDIR)/$(FHELIUM_VENV)/lib/python3.12/site-packages/nvidia/cu13
+CUDA_HOME ?= $(CUDA_WHEELS)
+export CUDA_HOME
+endif
 
 help:
 	@echo "make install   set up .venv with hf_he and everything it needs"
@@ -40,16 +47,27 @@ test: $(STAMP)
 $(FHELIUM_VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/fhelium.txt requirements/fhelium-build.txt
 	@test -n "$(PYTHON312)" || { echo "FHElium needs Python 3.12: install it, or run make PYTHON312=/path/to/python3.12 test-fhelium"; exit 1; }
 	@$(PYTHON312) -m venv $(FHELIUM_VENV)
-	@echo "Installing into $(FHELIUM_VENV) and compiling FHElium for $(FHELIUM_BACKENDS) (about ten minutes)"
+	@echo "Installing into $(FHELIUM_VENV) (a few minutes)"
 	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[all,test]'
 	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check -r requirements/fhelium.txt -r requirements/fhelium-build.txt
-	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
-		--no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
 	@touch $@
 
-test-fhelium: $(FHELIUM_VENV)/.installed
+$(FHELIUM_COMPILED): requirements/fhelium-build.txt requirements/fhelium-cuda.txt | $(FHELIUM_VENV)/.installed
+ifdef CUDA_WHEELS
+ifeq ($(CUDA_HOME),$(CUDA_WHEELS))
+	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/fhelium-cuda.txt
+	@for file in $(CUDA_WHEELS)/lib/*.so.*; do ln -sf $$(basename $$file) $${file%%.so.*}.so; done; ln -sfn lib $(CUDA_WHEELS)/lib64
+endif
+endif
+	@echo "Compiling FHElium for $(FHELIUM_BACKENDS) (about ten minutes)"
+	@rm -f $(FHELIUM_VENV)/.compiled-*
+	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		--force-reinstall --no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
+	@touch $@
+
+test-fhelium: $(FHELIUM_COMPILED)
 	@$(FHELIUM_VENV)/bin/python -m pytest -q tests/backends -k "fhelium or device" $(ARGS)
-	@$(FHELIUM_VENV)/bin/hf-he demo --backend fhelium --num-sentences 2
+	@$(FHELIUM_VENV)/bin/hf-he demo --backend fhelium
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

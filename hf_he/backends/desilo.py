@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,9 @@ class DesiloBackend(HEBackend):
     def availability(cls) -> tuple[bool, str]:
         if find_spec("desilofhe") is None:
             return False, "DESILO FHE is not installed: pip install 'hf-he[desilo]' (closed source, non-commercial licence)"
-        found = version("desilofhe")
+        found = installed_version()
+        if found is None:
+            return False, "the module desilofhe belongs to no installed package: pip install 'hf-he[desilo]'"
         if not found.startswith(f"{SUPPORTED_VERSION}."):
             return False, f"DESILO FHE {found} is installed, this adapter is written for {SUPPORTED_VERSION}: pip install 'desilofhe=={SUPPORTED_VERSION}.*'"
         return True, f"DESILO FHE {found}; {LICENCE}"
@@ -357,6 +359,12 @@ class Encoded:
             encode = self._backend._engine.encode_to_light_plaintext
             self._encoded[reference] = [encode(np.tile(row * (self._scale / reference), repeats)) for row in self._rows]
         return self._encoded[reference]
+
+
+def installed_version() -> str | None:
+    """Of `desilofhe`, or of the package of it for one version of CUDA, which has a name of its own."""
+    names = ((found.metadata["Name"] or "", found.version) for found in distributions())
+    return next((version for name, version in names if name.lower().replace("_", "-").partition("-")[0] == "desilofhe"), None)
 
 
 def _broadcast(x: list[Any], x_shape: tuple[int, ...], y: list[Any], y_shape: tuple[int, ...]) -> tuple[list[Any], list[Any]]:

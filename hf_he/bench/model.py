@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from hf_he import __version__
 from hf_he.backends import backend_class, get_backend
+from hf_he.backends.desilo import installed_version
 from hf_he.bench.finetune import ENTRIES, PAPER_SHAPE, SHIPPED_SHAPE, Shape, make_model
 from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
@@ -40,7 +41,7 @@ PAPER = {"inference_s": 26.5, "finetune_s": 61.03, "hardware": "one RTX 4090"}
 """Rho et al., ICLR 2025: one sample."""
 
 SHAPES = {"shipped": SHIPPED_SHAPE, "paper": PAPER_SHAPE}
-LIBRARIES = {"native": ("numba", "numpy"), "simulator": ("numpy",), "fhelium": ("fhelium", "torch"), "desilo": ("desilofhe",)}
+LIBRARIES = {"native": ("numba", "numpy"), "simulator": ("numpy",), "fhelium": ("fhelium", "torch")}
 MARGIN = 1.2
 """Intervals of a random model are this much wider than the values of its inputs."""
 
@@ -217,6 +218,8 @@ def versions(backend: str, device: str) -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    if backend == "desilo":
+        found["desilofhe"] = installed_version()
     if device != "cpu":
         found |= {"cuda": torch.version.cuda, "accelerator": torch.cuda.get_device_name(device) if torch.cuda.is_available() else None}
     return found

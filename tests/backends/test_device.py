@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import hf_he
 from hf_he import backends, local_server
 from hf_he.backends import default_device, get_backend, set_default_device
+from hf_he.bench.model import versions
 from hf_he.ckks.parameters import parameter_set
 from hf_he.cli import app
 from hf_he.errors import BackendUnavailableError, HEError, ParameterError
@@ -50,6 +51,20 @@ def test_cuda_where_there_is_none(name):
     elif NO_CUDA:
         with pytest.raises(BackendUnavailableError, match=r"CUDA.*--device cpu|--device cpu.*CUDA"):
             get_backend(name, parameter_set("n14-6"), "cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "runs"), [("desilofhe", "2.0.1", True), ("desilofhe_cu132", "2.0.0", True), ("desilofhe_cu130", "1.17.0", False)]
+)
+def test_the_packages_of_desilo_for_cuda_count(package, number, runs, tmp_path, monkeypatch):
+    folder = tmp_path / f"{package}-{number}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
+    (tmp_path / "desilofhe.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    available, said = backends.available_backends()["desilo"]
+    assert available == runs and number in said and ("non-commercial" in said if runs else "written for 2.0" in said)
+    assert versions("desilo", "cpu")["desilofhe"] == number
 
 
 @pytest.mark.parametrize(
