@@ -19,9 +19,9 @@ from hf_he.finetuning.optimizer import calibrate_divisor
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.step import adapted_model
 
-SCALED_GRADIENT = 4.0
+SCALED_GRADIENT = 8.0
 """What the largest entry of a state's gradient becomes, up to a factor of 2: hidden states with entries up to 30 and a root mean square of 3 are refreshed
-within 1e-5 by a bootstrap, and gradients are as uneven."""
+within 1e-5 by a bootstrap, and gradients are more uneven. Scores have gradients a few times as large, and products of 512 overflow."""
 LARGEST_SCALE = 2.0**16
 LATE_MARGIN = 8.0
 """Times which the squared gradients of parameters that start without one may grow beyond those of the others."""
