@@ -36,7 +36,7 @@ def evaluate_reciprocal(context: OperationContext, mapped: Ciphertext, approxima
     for step in range(approximation.steps):
         y = backend.match_level(y, residual.level)
         last = step == approximation.steps - 1
-        if y.level < (2 if last and level else 1):
+        if y.level < (2 if level or not last else 1):
             y, residual = _together(context, y, residual, min(approximation.steps - step + level, context.top))
         products = context.product(y if last else backend.stack([y, residual]), residual)
         y = backend.add(backend.match_level(y, products.level), products if last else backend.take(products, 0))
