@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from laboratory import Lab
-from tiny_model import SENTENCES, save_tiny_model
+from tiny_model import SENTENCES
 
 from hf_he.client import Client
 from hf_he.errors import CorruptFileError, DataError, ParameterError
@@ -22,25 +22,8 @@ LANES = 256
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def client(model):
-    client = Client.from_pretrained(model, backend="simulator")
-    client.keygen()
-    return client
-
-
-@pytest.fixture(scope="module")
 def wide(model, client):
     return Client.from_pretrained(model, keys=client.keys, features=1)
-
-
-@pytest.fixture(scope="module")
-def server(model, client):
-    return Server(model, client.keys.evaluation)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import BertTokenizer
 
-from hf_he import HEBertConfig, HEBertForSequenceClassification, RangeTracker
+from hf_he import Client, HEBertConfig, HEBertForSequenceClassification, RangeTracker
 
 WORDS = [
     "a", "the", "film", "story", "is", "was", "not", "very", "good", "bad", "great", "dull", "funny",
@@ -46,6 +46,13 @@ def save_tiny_model(directory: Path, seed: int = 0, **changes) -> Path:
     model.set_mode("polynomial")
     model.save_pretrained(directory)
     return directory
+
+
+def keyed_client(model: Path, **options) -> Client:
+    """A client on the simulator, with keys of its own."""
+    client = Client.from_pretrained(model, backend="simulator", **options)
+    client.keygen()
+    return client
 
 
 def _entry(observed) -> dict:

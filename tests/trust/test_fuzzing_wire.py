@@ -9,34 +9,15 @@ import numpy as np
 import pytest
 from mutation import NUMBERS, STRINGS, Outcomes, damaged, generator, json_value, sealed
 from starlette.testclient import TestClient
-from tiny_model import SENTENCES, save_tiny_model
+from tiny_model import SENTENCES
 
 from hf_he import errors
-from hf_he.client import Client
 from hf_he.errors import HEError
 from hf_he.protocol import EncryptedResult, error_from_json, error_to_json
 from hf_he.remote import RemoteServer
 from hf_he.results import merge_reports
 from hf_he.scripts.files import Notes
-from hf_he.server import Server
 from hf_he.service import create_app
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def client(model):
-    client = Client.from_pretrained(model, backend="simulator", parameters="n14")
-    client.keygen()
-    return client
-
-
-@pytest.fixture(scope="module")
-def server(model, client):
-    return Server(model, client.keys.evaluation)
 
 
 @pytest.fixture(scope="module")

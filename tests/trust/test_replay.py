@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from tiny_model import SENTENCES, save_tiny_model
+from tiny_model import SENTENCES, keyed_client, save_tiny_model
 
 from hf_he.client import Client, Refresher
 from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, RangeError, RefreshError, WrongKeyError
@@ -14,27 +14,6 @@ from hf_he.protocol import EncryptedResult
 from hf_he.refresh import ClientRefresh
 from hf_he.server import Server
 from hf_he.service import create_app
-
-
-def party(model, **options):
-    client = Client.from_pretrained(model, backend="simulator", **options)
-    client.keygen()
-    return client
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def client(model):
-    return party(model)
-
-
-@pytest.fixture(scope="module")
-def server(model, client):
-    return Server(model, client.keys.evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +31,7 @@ def strangers(model, tmp_path_factory):
     """Clients that differ in exactly one thing."""
     other_model = save_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
     client_keys = Client.from_pretrained(model, backend="simulator")
-    return {"key": party(model), "parameters": party(model, parameters="n15"), "model": party(other_model), "backend": client_keys}
+    return {"key": keyed_client(model), "parameters": keyed_client(model, parameters="n15"), "model": keyed_client(other_model), "backend": client_keys}
 
 
 class Replaying:
