@@ -48,6 +48,8 @@ class EncryptedTrainingArguments(TrainingArguments):
         divisor, eps, loss_bound: ranges of the polynomials of AdamW-HE and of the softmax (see hf_he.finetuning.optimizer and .loss); what is not given the
             client calibrates in the clear on the examples of the first `calibration_steps` steps. Divisor and eps are in units of squared
             gradients scaled to about 1, parameter by parameter; with all three given nothing is calibrated and nothing scaled.
+        eps_ratio: eps over divisor where eps is calibrated, from 1e-5 to 0.1. A smaller one is nearer to AdamW and amplifies noise: a step's error grows
+            with its inverse square root, so with bootstrapping (error 1e-5) it is at least 0.001.
         momentum: of sgd.
         processes: server processes that share the micro-batches of a step.
         features: per ciphertext, the hidden size or 1; None leaves it to the planner, which says why (one pays for steps of hundreds of examples).
@@ -71,7 +73,8 @@ class EncryptedTrainingArguments(TrainingArguments):
     lora_rank: int = field(default=2, metadata={"help": "Rank of the LoRA adapters."})
     target_modules: tuple[str, ...] = field(default=("query", "key", "value"), metadata={"help": "Linear layers with an adapter."})
     divisor: float | None = field(default=None, metadata={"help": "Bound of v_hat + eps; default: calibrated on the client."})
-    eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: 0.001 of the divisor."})
+    eps: float | None = field(default=None, metadata={"help": "Added to v_hat inside the root; default: `eps_ratio` of the divisor."})
+    eps_ratio: float = field(default=1e-3, metadata={"help": "eps over the calibrated divisor."})
     loss_bound: float | None = field(default=None, metadata={"help": "Largest difference of logits; default: calibrated on the client."})
     calibration_steps: int = field(default=16, metadata={"help": "Steps whose examples the client calibrates on."})
     momentum: float = field(default=0.9, metadata={"help": "Of sgd."})
@@ -86,6 +89,8 @@ class EncryptedTrainingArguments(TrainingArguments):
             raise ParameterError(f"max_grad_norm: {_WHY['max_grad_norm']}")
         if self.refresh not in ("client", "bootstrap"):
             raise ParameterError(f"refresh must be client or bootstrap, got {self.refresh!r}")
+        if not 1e-5 <= self.eps_ratio <= 0.1:
+            raise ParameterError(f"eps_ratio must be from 1e-5 to 0.1, got {self.eps_ratio!r}")
         if self.processes < 1:
             raise ParameterError("processes must be at least 1")
         if self.features is not None and self.features < 1:
@@ -95,6 +100,10 @@ class EncryptedTrainingArguments(TrainingArguments):
         self.target_modules = tuple(self.target_modules)
         super().__post_init__()
         self.settings(1, divisor=1.0, eps=0.02, loss_bound=12.0)
+
+    @property
+    def calibrated_eps_ratio(self) -> float:
+        return max(self.eps_ratio, 1e-3) if self.refresh == "bootstrap" else self.eps_ratio
 
     @property
     def parameter_set_name(self) -> str:

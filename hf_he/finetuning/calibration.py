@@ -40,12 +40,18 @@ class Calibration:
 
 
 def calibrate(
-    model: str | Path, tokenizer: Any, dataset: TextDataset, settings: TrainingSettings, batches: Sequence[Sequence[int]], seed: int = 0
+    model: str | Path,
+    tokenizer: Any,
+    dataset: TextDataset,
+    settings: TrainingSettings,
+    batches: Sequence[Sequence[int]],
+    seed: int = 0,
+    eps_ratio: float = 1e-3,
 ) -> Calibration:
     """From the logits of the start model and the gradients of its fresh adapter over `batches`, rows of `dataset`: best the first ones of the run.
 
     For AdamW-HE these are steps of torch's AdamW in the clear: lora_A, whose first gradient is zero because lora_B is, shows the size of its
-    gradients only once lora_B has moved. They go on growing with it, hence their own margin.
+    gradients only once lora_B has moved. They go on growing with it, hence their own margin. eps is `eps_ratio` of the divisor.
     """
     torch.manual_seed(seed)
     adapted = adapted_model(load_classifier(model).double(), settings)
@@ -73,7 +79,7 @@ def calibrate(
         largest = np.where(late, LATE_MARGIN, 1.0) * largest
         scales = tuple(2.0 ** -round(math.log2(square) / 2) if square > 0.0 else 1.0 for square in largest)
         largest = largest * np.square(scales)
-    divisor, eps = calibrate_divisor(float(largest.max()))
+    divisor, eps = calibrate_divisor(float(largest.max()), eps_ratio)
     values = torch.cat(logits).numpy()
     bound = settings.loss_bound if values.shape[1] == 1 else CrossEntropy.calibrated(values).bound
     return Calibration(divisor, eps, bound, power_of_two(steepest), scales)

@@ -89,7 +89,7 @@ class AdamWHE:
     """AdamW with polynomials: theta <- (1 - lr weight_decay) theta - lr m / sqrt(v + eps).
 
     `eps` is in units of a squared gradient, `divisor` a bound of v + eps; `degree` and `newton_steps` are those of 1 / sqrt on [eps / divisor, 1]
-    (defaults: relative error 4.2e-3 at a ratio of 0.02 without Newton, in 4 levels; `fitting_degree` for other ratios). Levels: 2 for v,
+    (defaults: relative error 4.2e-3 at a ratio of 0.02 without Newton, in 4 levels; `fitting` for other ratios). Levels: 2 for v,
     `approximation.depth`, 1 for the product.
     Values of v + eps above `divisor` cannot be seen under encryption: `calibrate_divisor` leaves room, and `reference` raises.
     """
@@ -199,9 +199,13 @@ def calibrate_divisor(largest_square: float, ratio: float = 0.001, margin: float
     return divisor, ratio * divisor
 
 
-def fitting_degree(ratio: float) -> int:
-    """The lowest of the degrees 15, 31 and 63 (4, 5 and 6 levels) whose 1 / sqrt is within 1 % on [`ratio`, 1]; 63 (3 % at 0.0005) where none is."""
-    return next((degree for degree in (15, 31) if fit_inverse_square_root((ratio, 1.0), degree, 0).max_error <= 0.01), 63)
+FITS = ((15, 0), (31, 0), (63, 0), (63, 1), (63, 2), (63, 3))
+
+
+def fitting(ratio: float) -> tuple[int, int]:
+    """(degree, newton_steps) of the shallowest of `FITS` (4, 5, 6, 8, 10, 12 levels) whose 1 / sqrt is within 1 % on [`ratio`, 1], the last where none
+    is: (63, 0) at 0.001, (63, 2) and 0.3 % at 0.0001."""
+    return next((fit for fit in FITS if fit_inverse_square_root((ratio, 1.0), *fit).max_error <= 0.01), FITS[-1])
 
 
 def _kept(beta: float, step: int) -> float:

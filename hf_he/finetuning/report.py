@@ -123,7 +123,7 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
         return accepted(client, train, order.step(number))[0]
 
     calibrated = range(1, min(args.calibration_steps, order.steps_per_epoch) + 1)
-    found = calibrate(model, tokenizer, train, draft, [rows(number) for number in calibrated], args.seed)
+    found = calibrate(model, tokenizer, train, draft, [rows(number) for number in calibrated], args.seed, args.calibrated_eps_ratio)
     settings = args.settings(len(train), **asdict(found))
     before = evaluate_model(load_classifier(model), tokenizer, dev).score
     twin = twin_run(model, tokenizer, train, settings, rows, settings.steps, args.seed)

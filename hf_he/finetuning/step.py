@@ -13,7 +13,7 @@ from torch import nn
 from hf_he.backends import Ciphertext
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
-from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer, fitting_degree
+from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer, fitting
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.schedule import learning_rate
 from hf_he.ops.operand import Operand
@@ -38,7 +38,8 @@ def make_optimizer(settings: TrainingSettings) -> Optimizer:
     if settings.optimizer == "sgd":
         return SGD(settings.momentum, settings.weight_decay, settings.divisor)
     optimizer = AdamWHE(settings.beta1, settings.beta2, settings.eps, settings.divisor, settings.weight_decay)
-    return replace(optimizer, degree=fitting_degree(settings.eps / settings.divisor))
+    degree, newton_steps = fitting(settings.eps / settings.divisor)
+    return replace(optimizer, degree=degree, newton_steps=newton_steps)
 
 
 def make_loss(settings: TrainingSettings, num_labels: int) -> CrossEntropy | MeanSquaredError:

@@ -199,7 +199,7 @@ class EncryptedTrainer:
         steps = range(1, min(args.calibration_steps, self.order.steps_per_epoch) + 1)
         self._announce(f"Calibrating on the examples of {len(steps)} steps in the clear")
         batches = [accepted(client, self.train_dataset, self.order.step(number))[0] for number in steps]
-        found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed)
+        found = calibrate(self.model_folder, client.tokenizer, self.train_dataset, draft, batches, args.seed, args.calibrated_eps_ratio)
         return args.settings(rows, **asdict(found), features=draft.features)
 
     def _packed(self, client: Client, draft: TrainingSettings) -> TrainingSettings:

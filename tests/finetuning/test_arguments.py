@@ -30,6 +30,11 @@ def test_given_ranges_win_over_calibrated_ones(tmp_path):
     assert (settings.divisor, settings.eps, settings.loss_bound) == (3.0, 0.02, 9.0)
 
 
+def test_a_bootstrap_needs_a_larger_eps(tmp_path):
+    client, bootstrap = (EncryptedTrainingArguments(str(tmp_path), eps_ratio=1e-4, refresh=refresh) for refresh in ("client", "bootstrap"))
+    assert (client.calibrated_eps_ratio, bootstrap.calibrated_eps_ratio) == (1e-4, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -44,6 +49,7 @@ def test_given_ranges_win_over_calibrated_ones(tmp_path):
         ({"optimizer_location": "cloud"}, "optimizer_location must be one of"),
         ({"lora_rank": 0}, "rank must be"),
         ({"processes": 0}, "processes"),
+        ({"eps_ratio": 0.0}, "eps_ratio"),
         ({"dataloader_num_workers": 3}, "dataloader_num_workers"),
         ({"push_to_hub": True}, "push_to_hub"),
     ],

@@ -44,6 +44,8 @@ def test_scales_bring_every_parameter_to_one_size(tiny):
     assert scaled.min() >= 0.5 - 1e-9 and scaled.max() <= 2.0 + 1e-9 < found.divisor < 40.0
     assert all(np.log2(scale) == round(np.log2(scale)) for scale in found.gradient_scales)
     assert found.eps == pytest.approx(1e-3 * found.divisor)
+    smaller = calibrate(tiny, AutoTokenizer.from_pretrained(tiny), DATA, SETTINGS, BATCHES, eps_ratio=1e-4)
+    assert smaller.eps == pytest.approx(1e-4 * smaller.divisor) and smaller.gradient_scales == found.gradient_scales
 
 
 def test_sgd_is_not_scaled(tiny):

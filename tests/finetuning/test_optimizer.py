@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_he.errors import ParameterError, RangeError
-from hf_he.finetuning.optimizer import SGD, AdamWHE, calibrate_divisor
+from hf_he.finetuning.optimizer import SGD, AdamWHE, calibrate_divisor, fitting
 from hf_he.finetuning.schedule import learning_rate
 
 STEPS = 6
@@ -55,6 +55,7 @@ ADAMW = [
     pytest.param({"degree": 31, "weight_decay": 0.1}, id="degree-31-decay"),
     pytest.param({"degree": 7, "newton_steps": 1}, id="newton"),
     pytest.param({"degree": 15, "newton_steps": 2}, id="deeper-than-the-parameters"),
+    pytest.param({"degree": 63, "newton_steps": 2}, id="the-recipe"),
 ]
 
 
@@ -80,6 +81,15 @@ def test_adamw_is_close_to_the_exact_formula(ratio, settings, tolerance):
     found, _ = run_reference(optimizer, weights, gradients)
     expected = exact_adamw(optimizer, weights, gradients)
     assert np.abs(found - expected).max() < tolerance * np.abs(expected - weights).max()
+
+
+@pytest.mark.parametrize(("ratio", "levels"), [(0.02, 4), (0.004, 5), (1e-3, 6), (3e-4, 8), (1e-4, 10)])
+def test_the_fit_for_a_ratio_is_within_a_percent(ratio, levels):
+    degree, newton_steps = fitting(ratio)
+    optimizer = AdamWHE(eps=ratio, divisor=1.0, degree=degree, newton_steps=newton_steps)
+    values = np.geomspace(ratio, 1.0, 5001)
+    assert np.abs(optimizer.approximation(values) * np.sqrt(values) - 1.0).max() < 0.01
+    assert optimizer.depth == 3 + levels
 
 
 def test_the_exact_formula_is_torch_adamw_but_for_eps():
