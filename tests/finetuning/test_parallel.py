@@ -98,12 +98,13 @@ def test_a_rank_without_its_checkpoint(run_in_process, in_process):
 
 
 @pytest.mark.slow
-def test_two_server_processes_train_the_adapter_of_one(new_trainer):
+@pytest.mark.parametrize("features", [None, 1])
+def test_two_server_processes_train_the_adapter_of_one(new_trainer, features):
     """Against the plaintext twin, which one process equals too (test_trainer); the second run resumes both ranks."""
-    first = new_trainer(processes=2, max_steps=2)
+    first = new_trainer(processes=2, max_steps=2, features=features)
     first.train()
     assert error_of(first) < 1e-4 and len(first.reports) == 4
-    again = new_trainer(processes=2, max_steps=2)
+    again = new_trainer(processes=2, max_steps=2, features=features)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2 and error_of(again) < 1e-4
 
