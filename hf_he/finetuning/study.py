@@ -39,10 +39,10 @@ CALIBRATION_BATCHES = 16
 @dataclass(frozen=True)
 class Point:
     """One setting: `rank` of the adapters, `squarings` k of (1 + x/2^k)^(2^k), `norm_degree` of 1 / sqrt (no Newton step), `activation_degree`.
-    A degree of None leaves each layer its own."""
+    None leaves each layer its own."""
 
     rank: int = 2
-    squarings: int = 5
+    squarings: int | None = None
     norm_degree: int | None = None
     activation_degree: int | None = None
 
@@ -51,7 +51,7 @@ class Point:
         approximations = {}
         for name, entry in model.config.approximations.items():
             if "squarings" in entry:
-                entry = entry | {"squarings": self.squarings}
+                entry = entry if self.squarings is None else entry | {"squarings": self.squarings}
             elif "newton_steps" in entry:
                 entry = entry if self.norm_degree is None else entry | {"degree": self.norm_degree, "newton_steps": 0}
             elif self.activation_degree is not None:
@@ -65,7 +65,7 @@ class Axes:
     """The values to study; the first of each is the centre that the others are varied about."""
 
     rank: Sequence[int] = (2, 1, 4, 8)
-    squarings: Sequence[int] = (5, 4, 6, 8, 10)
+    squarings: Sequence[int | None] = (None, 5, 6, 8, 10)
     norm_degree: Sequence[int | None] = (None, 7, 15, 31)
     activation_degree: Sequence[int | None] = (None, 3, 7, 15)
 
