@@ -58,7 +58,7 @@ Without `import hf_he`, pass `trust_remote_code=True`; `modeling_hf_he.py` then 
 Per token of its own {vocabulary}-entry byte-level BPE, blocks of {context} tokens, every token but a block's first predicted; documents of the test
 part are in no other part. Polynomial mode computes, in floating point, the very polynomials that run under encryption; exact mode uses the functions
 they replace (the weights were fine-tuned for polynomial mode). "softmax" has the same shape, seed and order of the same {tokens:,} tokens, exact
-functions and no range penalty: the ratio to it is the price of encryption. Of {seeds} seeds the first is shipped.
+functions and no range penalty: the ratio to it is the price of encryption. {seeds}
 
 ## Approximations and ranges
 
@@ -127,7 +127,7 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
         model_name=name,
         eval_results=[result],
     )
-    outside = run["out_of_range"]
+    outside, seeds = run["out_of_range"], len(report["summary"][variant]["ratios"])
     return ModelCard.from_template(
         metadata,
         template_str=_TEMPLATE.format(
@@ -142,7 +142,7 @@ def language_card(report: dict[str, Any], config: Any, variant: str, seed: int) 
             notice=notice,
             scores=_scores(report, variant, str(seed)),
             tokens=run["tokens"],
-            seeds=len(report["summary"][variant]["ratios"]),
+            seeds="One seed was trained." if seeds == 1 else f"Of {seeds} seeds the first is shipped.",
             quantity=_QUANTITIES[kernel],
             approximations=_approximations(config, run),
             outside=f"Values outside: {outside['dev']} on dev text, {outside['test']} on test text, {outside['stress']} on 512 stress blocks.",
