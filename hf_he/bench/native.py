@@ -12,8 +12,8 @@ import numpy as np
 import hf_he
 from hf_he.backends.native import NativeBackend
 from hf_he.bench import operations as names
+from hf_he.bench.transforms import forward_rows
 from hf_he.bench.worker import Operation
-from hf_he.ckks import ntt
 from hf_he.ckks.parameters import MAX_LOG2_QP, CKKSParameters, parameter_set
 
 VERSION = hf_he.__version__
@@ -112,7 +112,7 @@ def _transform(backend: NativeBackend) -> Operation:
     chain, out = np.arange(limbs), np.empty((limbs, context.ring_degree))
 
     def run() -> np.ndarray:
-        ntt.forward_rows(rows, out, chain, context.tables, context.scratch.block, 1)
+        forward_rows(rows, out, context.scratch.block[0], context.tables)
         return out
 
     def check(result: np.ndarray) -> float:
