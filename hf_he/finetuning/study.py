@@ -65,7 +65,7 @@ class Axes:
     """The values to study; the first of each is the centre that the others are varied about."""
 
     rank: Sequence[int] = (2, 1, 4, 8)
-    squarings: Sequence[int | None] = (None, 5, 6, 8, 10)
+    squarings: Sequence[int | None] = (None, 6, 8, 10)
     norm_degree: Sequence[int | None] = (None, 7, 15, 31)
     activation_degree: Sequence[int | None] = (None, 3, 7, 15)
 
@@ -103,12 +103,21 @@ class Study:
     """Runs points on one model, task and parameter set; `results` (JSON lines) holds finished ones, which are not run again."""
 
     def __init__(
-        self, model: Path, train: TextDataset, dev: TextDataset, settings: TrainingSettings, parameters: str, results: Path, seeds: Sequence[int] = (0,)
+        self,
+        model: Path,
+        train: TextDataset,
+        dev: TextDataset,
+        settings: TrainingSettings,
+        parameters: str,
+        results: Path,
+        seeds: Sequence[int] = (0,),
+        eps_ratio: float = 1e-3,
     ) -> None:
         self.folder, self.train, self.dev, self.settings, self.results, self.seeds = Path(model), train, dev, settings, Path(results), tuple(seeds)
-        self.parameters = parameters
+        self.parameters, self.eps_ratio = parameters, eps_ratio
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        self._key = {"model": model_fingerprint(self.folder), "task": train.task, "rows": [len(train), len(dev)], "parameters": parameters}
+        self._key = {"model": model_fingerprint(self.folder), "task": train.task, "rows": [len(train), len(dev)]}
+        self._key |= {"parameters": parameters, "eps_ratio": eps_ratio}
         self._key |= {name: value for name, value in asdict(settings).items() if name in ("optimizer", "learning_rate", "schedule", "target_modules")}
         self._calibrated: TrainingSettings | None = None
         self._costs: dict[Point, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
@@ -182,7 +191,7 @@ class Study:
         if self._calibrated is None:
             order = DataOrder(len(self.train), self.settings.sequences, self.seeds[0])
             batches = [order.step(number) for number in range(1, min(CALIBRATION_BATCHES, order.steps_per_epoch) + 1)]
-            found = calibrate(self.folder, self.tokenizer, self.train, self.settings, batches)
+            found = calibrate(self.folder, self.tokenizer, self.train, self.settings, batches, eps_ratio=self.eps_ratio)
             self._calibrated = replace(self.settings, **asdict(found) | {"loss_scale": 1.0})
         return self._calibrated
 

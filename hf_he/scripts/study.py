@@ -16,7 +16,7 @@ def study(
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for results.jsonl, study.png and table.md; finished points are not run again.")] = Path("out/study"),
     ranks: Annotated[str, typer.Option(help="LoRA ranks; the first value of every axis is the centre.")] = "2,1,4,8",
-    squarings: Annotated[str, typer.Option(help="Kernel squarings k of (1 + x/2^k)^(2^k); own: the recipe's.")] = "own,5,6,8,10",
+    squarings: Annotated[str, typer.Option(help="Kernel squarings k of (1 + x/2^k)^(2^k); own: the recipe's.")] = "own,6,8,10",
     norm_degrees: Annotated[str, typer.Option(help="Degrees of LayerNorm's 1 / sqrt; own: the recipe's.")] = "own,7,15,31",
     activation_degrees: Annotated[str, typer.Option(help="Degrees of the activations; own: the recipe's.")] = "own,3,7,15",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each point.")] = 200,
@@ -41,7 +41,8 @@ def study(
     polynomials = {"--squarings": squarings, "--norm-degrees": norm_degrees, "--activation-degrees": activation_degrees}
     points = Axes(_numbers(ranks, "--ranks"), *(_numbers(text, option, OWN) for option, text in polynomials.items())).points()
     train, dev = recipe.datasets()[0], load_dataset(recipe.task, "dev", recipe.data_dir)
-    runner = Study(recipe.start_model(output_dir), train, dev, settings, arguments.parameter_set_name, output_dir / "results.jsonl", range(seeds))
+    start, results = recipe.start_model(output_dir), output_dir / "results.jsonl"
+    runner = Study(start, train, dev, settings, arguments.parameter_set_name, results, range(seeds), arguments.calibrated_eps_ratio)
     measured = []
     with progress_bar(f"{len(points)} points, {seeds} runs each") as progress:
         for entry in runner.run(points):
