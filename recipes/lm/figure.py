@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 BAR = 1.03
-CUT = 1.25
 HERE = Path(__file__).parent
 LABELS = {
     "softmax": "softmax",
@@ -36,30 +35,21 @@ def numbers(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A dot per seed, a bar at their mean; one panel per shape. Ratios beyond CUT are written at the edge, and no bar is drawn for their mean.
-
-    Converted models, which saw more tokens, are left out.
-    """
+    """A dot per seed, a bar at their mean; one panel per shape. Converted models, which saw more tokens, are left out."""
     figure, axes = pyplot.subplots(1, len(results), figsize=(5 * len(results) + 2, 3.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
     names = [name for name in LABELS if any(name in result["summary"] for result in results)]
     for axis, result in zip(axes[0], results, strict=True):
         for row, name in enumerate(names):
             if (entry := result["summary"].get(name)) is None:
                 continue
-            shown = [ratio for ratio in entry["ratios"] if ratio <= CUT]
-            axis.plot(shown, [row] * len(shown), "o", color=f"C{row}", alpha=0.7)
-            if entry["ratio_to_softmax"] <= CUT:
-                axis.plot([entry["ratio_to_softmax"]] * 2, [row - 0.3, row + 0.3], color=f"C{row}")
-            if beyond := [f"{ratio:.2f}" for ratio in entry["ratios"] if ratio > CUT]:
-                axis.text(CUT, row - 0.15, f"{', '.join(beyond)} $\\rightarrow$", color=f"C{row}", ha="right", va="bottom")
+            axis.plot(entry["ratios"], [row] * len(entry["ratios"]), "o", color=f"C{row}", alpha=0.7)
+            axis.plot([entry["ratio_to_softmax"]] * 2, [row - 0.3, row + 0.3], color=f"C{row}")
         shape = result["architecture"]
         axis.axvline(BAR, color="black", linestyle=":", label=f"bar, {BAR}")
         axis.set(title=f"{shape['num_layers']} x {shape['hidden_size']}", xlabel="test perplexity, polynomial mode / softmax of the same seed")
         axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
-    if any(ratio > CUT for result in results for entry in result["summary"].values() for ratio in entry["ratios"]):
-        axes[0, 0].set_xlim(right=CUT)
     axes[0, 0].legend()
     figure.savefig(path, dpi=110)
 
