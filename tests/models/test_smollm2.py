@@ -1,4 +1,4 @@
-"""A published Llama, SmolLM2-135M-Instruct (Apache-2.0, 30 layers of 576 features, grouped keys and values, tied head), becomes an HELlama without losing a weight."""
+"""A published Llama, SmolLM2-135M-Instruct (Apache-2.0, 30 layers of 576, grouped keys and values, tied head), becomes an HELlama with every weight."""
 
 import zipfile
 
