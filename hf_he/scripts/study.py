@@ -31,7 +31,8 @@ def study(
     from hf_he.checkpoints import default_model
     from hf_he.data import load_dataset
     from hf_he.finetuning.recipe import load_finetune_recipe
-    from hf_he.finetuning.study import Axes, Study, plot, summarise
+    from hf_he.finetuning.study import Axes, Study
+    from hf_he.finetuning.study_report import plot, summarise
     from hf_he.scripts.display import console, print_json, progress_bar, say
 
     logging.set_verbosity_error()
@@ -55,39 +56,49 @@ def study(
     rows = summarise(measured)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
+    title = f"{train.task}, {len(dev)} dev rows after {steps} steps of {settings.sequences}, {seeds} seeds; cost planned for {arguments.parameter_set_name}"
     if any(row["score"] is not None for row in rows):
-        plot(rows, output_dir / "study.png", f"{train.task}, {steps} steps of {settings.sequences}, {arguments.parameter_set_name}")
+        plot(rows, output_dir / "study.png", title, dev.metric)
     if json_output:
         print_json({"model": str(recipe.model_folder), "parameters": arguments.parameter_set_name, "steps": steps, "seeds": seeds, "points": rows})
         return
-    title = f"{train.task}: {len(dev)} dev rows after {steps} steps of {settings.sequences}; costs planned for {arguments.parameter_set_name}"
     table = Table(*HEADER, title=title)
     for row in rows:
-        table.add_row(*_cells(row), style="bold" if row["pareto"] else None)
+        table.add_row(*_cells(row), style="bold" if row["pareto_loss"] else None)
     console.print(table)
-    say(f"bold: nothing measured is better at no more cost. {output_dir / 'study.png'}, {output_dir / 'table.md'}")
+    say(f"±: standard deviation over the seeds; of differences, standard error. Bold: no lower dev loss at no more cost. In {output_dir}: study.png, table.md")
 
 
-HEADER = ("rank", "k", "LayerNorm", "activation", "before", "after", "loss", "s a step", "refreshes", "rotations", "s a batch of inference")
+HEADER = (
+    "rank", "k", "LayerNorm", "activation", "levels", "s a step", "refreshes", "rotations", "s a batch of inference",
+    "dev score", "dev loss", "against the first", "training loss",
+)  # fmt: skip
 
 
 def markdown(rows) -> str:
-    """The table of a README; points on the Pareto front in bold."""
+    """The table of a README; points on the Pareto front of the dev loss in bold."""
     lines = [HEADER, ("---",) * len(HEADER)]
-    lines += [tuple(f"**{cell}**" if row["pareto"] else cell for cell in _cells(row)) for row in rows]
+    lines += [tuple(f"**{cell}**" if cell and row["pareto_loss"] else cell for cell in _cells(row)) for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _cells(row) -> tuple[str, ...]:
     setting = tuple(OWN if row[name] is None else str(row[name]) for name in ("rank", "squarings", "norm_degree", "activation_degree"))
-    scores = ("", row["error"].split(":")[0], "")
-    if row["score"] is not None:
-        spread = f" ({row['lowest']:.4f} to {row['highest']:.4f})" if row["lowest"] < row["highest"] else ""
-        scores = (f"{row['before']:.4f}", f"{row['score']:.4f}{spread}", f"{row['loss']:.4f}")
-    if row["step_seconds"] is None:
-        return (*setting, *scores, "", "", "", "")
-    rotations = f"{row['step_operations'].get('rotate', 0):,}"
-    return (*setting, *scores, f"{row['step_seconds']:.1f}", str(row["step_refreshes"]), rotations, f"{row['inference_seconds']:.2f}")
+    costs = quality = ("",) * 5
+    if row["step_seconds"] is not None:
+        costs = (str(row["levels"]), f"{row['step_seconds']:.1f}", str(row["step_refreshes"]), f"{row['step_operations'].get('rotate', 0):,}")
+        costs += (f"{row['inference_seconds']:.2f}",)
+    if row["score"] is None:
+        return (*setting, *costs, row["error"].split(":")[0], *quality[2:])
+    change = f"{row['dev_loss_change']:+.4f}"
+    if row["dev_loss_change_error"]:
+        change += f" ± {row['dev_loss_change_error']:.4f}"
+    return (*setting, *costs, _mean(row, "score"), _mean(row, "dev_loss"), change, f"{row['loss']:.4f}")
+
+
+def _mean(row, name: str) -> str:
+    spread = f" ± {row[f'{name}_spread']:.4f}" if len(row["runs"]) > 1 else ""
+    return f"{row[name]:.4f}{spread}"
 
 
 def _numbers(text: str, option: str, none: str = "") -> tuple[int | None, ...]:

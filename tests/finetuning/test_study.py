@@ -1,9 +1,12 @@
 """The study's points, its resumable results, its Pareto front and its command, on a tiny model."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import combinations
 
+import numpy as np
 import pytest
+import torch
 from tiny_model import SENTENCES, save_tiny_model
 from typer.testing import CliRunner
 
@@ -11,9 +14,15 @@ from hf_he.checkpoints import load_classifier
 from hf_he.cli import app
 from hf_he.data import TextDataset
 from hf_he.errors import CorruptFileError
+from hf_he.evaluation import encode_texts
 from hf_he.finetuning import study
+from hf_he.finetuning.calibration import calibrate
+from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import TrainingSettings
-from hf_he.finetuning.study import Axes, Measured, Point, Study, plot, summarise
+from hf_he.finetuning.reference import PolynomialTraining
+from hf_he.finetuning.step import adapted_model
+from hf_he.finetuning.study import Axes, Measured, Point, Study, polynomial_levels
+from hf_he.finetuning.study_report import place_labels, plot, summarise
 
 ROWS = TextDataset("mr", "train", tuple(SENTENCES), None, (1, 0, 1, 1, 0))
 SETTINGS = TrainingSettings(steps=2, sequences=4, target_modules=("query", "value"))
@@ -53,7 +62,8 @@ def test_what_is_its_own_is_left_alone_and_no_extreme(directory):
 def test_a_run_measures_quality_and_cost_and_goes_on_where_it_stopped(runner, monkeypatch):
     first = list(runner.run(POINTS))
     assert [entry.point for entry in first] == POINTS
-    assert all(0.0 <= entry.score <= 1.0 and entry.last_loss > 0 for entry in first[:2])
+    assert all(0.0 <= entry.score <= 1.0 and entry.last_loss > 0 and entry.dev_loss > 0 for entry in first[:2])
+    assert first[0].infer["levels"] == first[1].infer["levels"]
     assert first[0].train["seconds"] > first[1].train["seconds"] > first[1].infer["seconds"] > 0
     assert first[0].train["operations"]["rotate"] > first[0].infer["operations"]["rotate"]
     assert first[2].score is None and "squarings" in first[2].error
@@ -71,9 +81,52 @@ def test_results_of_another_study_do_not_count(runner, directory, tmp_path):
     assert entry.error
 
 
-def entry(score, seconds, point=None, seed=0):
-    costs = {"operations": {"rotate": 10}, "refreshes": 3, "seconds": seconds}
-    return Measured(point or Point(), seed, 2, 4, score, 0.5, 0.6, costs, costs)
+def test_a_second_seed_keeps_what_was_found_and_trains_another_run(runner, directory, monkeypatch):
+    (first,) = runner.run(POINTS[:1])
+    both = Study(directory, ROWS, ROWS, SETTINGS, "n14", runner.results, seeds=(0, 1))
+    monkeypatch.setattr(Study, "cost", lambda *_: pytest.fail("the cost of a point does not depend on the seed"))
+    again, second = both.run(POINTS[:1])
+    assert again == first and second.seed == 1
+    assert second.last_loss != first.last_loss
+    assert (second.train, second.infer, second.before) == (first.train, first.infer, first.before)
+
+
+def test_a_point_is_the_twin_of_its_own_polynomials(runner, directory):
+    """Against a loop of the twin's written out here, with the loss of torch."""
+    point = Point(1, 6, 7, 15)
+    found = runner.measure(point, 3)
+    model, tokenizer = load_classifier(directory), runner.tokenizer
+    point.apply(model)
+    settings = replace(SETTINGS, rank=1)
+    order = DataOrder(len(ROWS), SETTINGS.sequences, 3)
+    model.save_pretrained(runner.results.parent / "point")
+    ranges = calibrate(runner.results.parent / "point", tokenizer, ROWS, settings, [order.step(1), order.step(2)], 3)
+    settings = replace(settings, **asdict(ranges) | {"loss_scale": 1.0})
+    torch.manual_seed(3)
+    training = PolynomialTraining(adapted_model(model.double(), settings), settings)
+    for number in (1, 2):
+        rows = ROWS.select(order.step(number))
+        training.step(encode_texts(tokenizer, rows), rows.labels)
+    with torch.no_grad():
+        expected = training.model(**encode_texts(tokenizer, ROWS), labels=torch.tensor(ROWS.labels)).loss
+    assert found.last_loss == pytest.approx(training.losses[-1], rel=1e-9)
+    assert found.dev_loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_levels_of_a_forward(directory):
+    """Kernels take a level per squaring; degree d takes ceil(log2(d + 1)), in two layers of two norms and one activation each, and in the pooler."""
+    model = load_classifier(directory)
+    entries = model.config.approximations
+    Point(squarings=6, norm_degree=15, activation_degree=7).apply(model)
+    norms = sum("newton_steps" in entry for entry in entries.values())
+    kernels = sum("squarings" in entry for entry in entries.values())
+    assert polynomial_levels(model) == 6 * kernels + 4 * norms + 3 * (len(entries) - norms - kernels)
+
+
+def entry(score, seconds, point=None, seed=0, dev_loss=None):
+    costs = {"operations": {"rotate": 10}, "refreshes": 3, "seconds": seconds, "levels": 20}
+    dev_loss = 1.0 - score if dev_loss is None and score is not None else dev_loss
+    return Measured(point or Point(), seed, 2, 4, 0.5, score, dev_loss, 0.6, costs, costs, "RangeError: no" if score is None else "")
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -87,15 +140,41 @@ def test_the_front_holds_what_nothing_beats():
     assert [row["pareto"] for row in summarise(measured)] == [True, True, False, True, False]
 
 
+def test_the_front_of_the_dev_loss_is_its_own():
+    rows = summarise([entry(0.70, 10.0, dev_loss=0.6), entry(0.69, 12.0, Point(rank=4), dev_loss=0.5)])
+    assert [row["pareto"] for row in rows] == [True, False]
+    assert [row["pareto_loss"] for row in rows] == [True, True]
+
+
 def test_seeds_are_averaged_and_a_failed_one_is_not_hidden():
-    rows = summarise([entry(0.6, 1.0), entry(0.8, 1.0, seed=1), entry(0.9, 2.0, Point(rank=8)), entry(None, 2.0, Point(rank=8), seed=1)])
-    assert (rows[0]["score"], rows[0]["lowest"], rows[0]["highest"]) == (pytest.approx(0.7), 0.6, 0.8)
-    assert rows[1]["score"] is None
+    four, eight = Point(rank=4), Point(rank=8)
+    runs = [entry(0.6, 1.0), entry(0.8, 1.0, seed=1), entry(0.7, 2.0, four), entry(0.8, 2.0, four, 1), entry(0.9, 2.0, eight), entry(None, 2.0, eight, 1)]
+    rows = summarise(runs)
+    assert rows[0]["score"] == pytest.approx(0.7) and rows[0]["score_spread"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
+    assert rows[0]["dev_loss"] == pytest.approx(0.3)
+    assert rows[1]["dev_loss_change"] == pytest.approx(-0.05) and rows[1]["dev_loss_change_error"] == pytest.approx(0.05)
+    assert [run["seed"] for run in rows[1]["runs"]] == [0, 1] and rows[1]["runs"][0]["score"] == 0.7
+    assert rows[2]["score"] is None and "RangeError" in rows[2]["error"] and rows[2]["runs"][0]["score"] == 0.9
+    json.dumps(rows, allow_nan=False)
 
 
 def test_the_plot_is_a_png(tmp_path):
     plot(summarise([entry(0.7, 1.0), entry(0.8, 2.0, Point(rank=8))]), tmp_path / "study.png", "a study")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_near_points_do_not_overlap():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    entries = [(1.0 + 0.01 * number, 1.0, f"label {number}") for number in range(6)]
+    axis.plot(*zip(*[entry[:2] for entry in entries], strict=True), "o")
+    axis.set(xlim=(0.8, 1.3), ylim=(0.9, 1.1))
+    figure.canvas.draw()
+    place_labels(axis, entries)
+    boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in axis.texts]
+    assert len(boxes) == len(entries)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    pyplot.close(figure)
 
 
 def test_the_command_writes_table_and_plot(directory, tmp_path, monkeypatch):
@@ -114,7 +193,7 @@ def test_the_command_writes_table_and_plot(directory, tmp_path, monkeypatch):
     data = json.loads(result.stdout[result.stdout.index("{\n") :])
     assert [point["score"] for point in data["points"]] == [0.7, 0.8, None]
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "**0.8000**" in table and "ApproximationError" in table
+    assert "**0.8000**" in table and "| against the first |" in table and "ApproximationError" in table
     assert (tmp_path / "out" / "study.png").is_file()
     for wrong in (["--ranks", "two"], ["--ranks", "own"], ["--norm-degrees", "own,0"]):
         assert CliRunner().invoke(app, ["study", "--config", str(recipe), *wrong]).exit_code == 2

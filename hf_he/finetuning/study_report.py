@@ -1,0 +1,159 @@
+"""Rows, Pareto fronts and plot of a trade-off study's results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_he.finetuning.study import Measured, Point
+
+KNOBS = {"rank": "LoRA rank", "squarings": "kernel squarings k", "norm_degree": "LayerNorm degree", "activation_degree": "activation degree"}
+
+
+def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One entry per point, the centre first.
+
+    `score`, `dev_loss` and `loss` (of the last training steps) are means over the seeds, None when one failed, and `*_spread` their sample standard
+    deviations, 0 of one seed. `dev_loss_change` is the mean difference to the centre, seed by seed (a seed gives every point the same examples in the
+    same order), `dev_loss_change_error` its standard error, None of one seed. `runs` holds what each seed found. `pareto` and `pareto_loss`: no point
+    has a better score, or a lower dev loss, at no more seconds a step.
+    """
+    points = {point: [entry for entry in measured if entry.point == point] for point in dict.fromkeys(entry.point for entry in measured)}
+    centre = {entry.seed: entry.dev_loss for entry in next(iter(points.values()), [])}
+    rows = [_row(point, runs, centre) for point, runs in points.items()]
+    for row in rows:
+        row["pareto"] = _on_front(row, rows, "score", 1)
+        row["pareto_loss"] = _on_front(row, rows, "dev_loss", -1)
+    return rows
+
+
+def _row(point: Point, runs: Sequence[Measured], centre: Mapping[int, float | None]) -> dict[str, Any]:
+    train = next((run.train for run in runs if run.train), {})
+    infer = next((run.infer for run in runs if run.infer), {})
+    failed = [run.error for run in runs if run.error]
+    means: dict[str, Any] = {}
+    for name, source in (("score", "score"), ("dev_loss", "dev_loss"), ("loss", "last_loss")):
+        values = [getattr(run, source) for run in runs]
+        means[name] = None if failed else statistics.mean(values)
+        means[f"{name}_spread"] = None if failed else statistics.stdev(values) if len(values) > 1 else 0.0
+    changes = [] if failed else [run.dev_loss - centre[run.seed] for run in runs if centre.get(run.seed) is not None]
+    return {
+        **asdict(point),
+        "before": runs[0].before,
+        **means,
+        "dev_loss_change": statistics.mean(changes) if changes else None,
+        "dev_loss_change_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
+        "runs": [{name: getattr(run, name) for name in ("seed", "score", "dev_loss", "last_loss", "error")} for run in runs],
+        "step_seconds": train.get("seconds"),
+        "step_refreshes": train.get("refreshes"),
+        "step_operations": dict(train.get("operations", {})),
+        "inference_seconds": infer.get("seconds"),
+        "inference_refreshes": infer.get("refreshes"),
+        "levels": infer.get("levels"),
+        "error": next(iter(failed), ""),
+    }
+
+
+def _on_front(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], quality: str, sign: int) -> bool:
+    """Whether no other row is as good at less cost, or better at no more; `sign` is -1 where less is better."""
+    if row[quality] is None:
+        return False
+
+    def beats(other: Mapping[str, Any]) -> bool:
+        gain, saved = round(sign * (other[quality] - row[quality]), 9), row["step_seconds"] - other["step_seconds"]
+        return gain >= 0 and saved >= 0 and (gain > 0 or saved > 0)
+
+    return not any(beats(other) for other in rows if other[quality] is not None)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, metric: str = "score") -> None:
+    """Dev loss and score against the estimated time of a training step, a colour and marker per knob, Pareto fronts as lines; a PNG.
+
+    Bars are one standard error of the mean over the seeds. Needs matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), constrained_layout=True)
+    shown = [row for row in rows if row["score"] is not None]
+    for axis, quality, front, label in zip(
+        panels, ("dev_loss", "score"), ("pareto_loss", "pareto"), ("dev loss (lower is better)", f"dev {metric} (higher is better)"), strict=True
+    ):
+        _panel(axis, shown, rows[0], quality, front)
+        axis.set(xlabel="planned seconds of one core for a training step", ylabel=label)
+        axis.grid(alpha=0.25)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(title)
+    figure.canvas.draw()
+    for axis, quality in zip(panels, ("dev_loss", "score"), strict=True):
+        place_labels(axis, [(row["step_seconds"], row[quality], _label(row, rows[0])) for row in shown])
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], centre: Mapping[str, Any], quality: str, front: str) -> None:
+    line = sorted((row["step_seconds"], row[quality]) for row in rows if row[front])
+    axis.plot(*zip(*line, strict=True), "k--", linewidth=1, alpha=0.6, label="Pareto front", zorder=1)
+    styles = dict(zip(("recipe", *KNOBS.values(), "several"), ("*", "o", "s", "^", "D", "X"), strict=True))
+    for number, (kind, marker) in enumerate(styles.items()):
+        chosen = [row for row in rows if _kind(row, centre) == kind]
+        if not chosen:
+            continue
+        bars = [row[f"{quality}_spread"] / len(row["runs"]) ** 0.5 for row in chosen]
+        at = [row["step_seconds"] for row in chosen], [row[quality] for row in chosen]
+        axis.errorbar(*at, yerr=bars, fmt=marker, color=f"C{number}", markersize=11 if kind == "recipe" else 7, elinewidth=1, capsize=2, label=kind)
+
+
+def _changed(row: Mapping[str, Any], centre: Mapping[str, Any]) -> list[str]:
+    return [name for name in KNOBS if row[name] != centre[name]]
+
+
+def _kind(row: Mapping[str, Any], centre: Mapping[str, Any]) -> str:
+    changed = _changed(row, centre)
+    return KNOBS[changed[0]] if len(changed) == 1 else "several" if changed else "recipe"
+
+
+def _label(row: Mapping[str, Any], centre: Mapping[str, Any]) -> str:
+    short = {"rank": "r", "squarings": "k", "norm_degree": "LN", "activation_degree": "act"}
+    return ", ".join(f"{short[name]} {row[name] or 'own'}" for name in _changed(row, centre)) or "recipe"
+
+
+def place_labels(axis: Any, entries: Sequence[tuple[float, float, str]]) -> None:
+    """Each label beside its point, where it overlaps least of what is already there."""
+    renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in (axis.transData.transform(entry[:2]) for entry in entries)]
+    for x, y, text in entries:
+        best = None
+        for offset in _offsets():
+            dx, dy = offset
+            sides = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "bottom" if dy > 0 else "top" if dy < 0 else "center"}
+            label = axis.annotate(text, (x, y), textcoords="offset points", xytext=offset, fontsize=8.5, zorder=5, **sides)
+            box = label.get_window_extent(renderer).extents
+            outside = _area(box) - _overlap(box, frame.extents)
+            cost = sum(_overlap(box, other) for other in taken) + outside + 0.2 * (abs(dx) + abs(dy))
+            if best is None or cost < best[0]:
+                if best:
+                    best[1].remove()
+                best = (cost, label, box)
+            else:
+                label.remove()
+        taken.append(tuple(best[2]))
+
+
+def _offsets() -> Iterator[tuple[float, float]]:
+    """In points, nearest first."""
+    for distance in (7, 14, 22):
+        yield from ((distance, distance / 2), (-distance, distance / 2), (distance, -distance / 2), (-distance, -distance / 2), (0, distance), (0, -distance))
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    return _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
