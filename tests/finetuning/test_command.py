@@ -76,9 +76,15 @@ def test_recipes_are_checked(tmp_path):
         FinetuneRecipe(arguments={"lora_depth": 3}).training_arguments()
 
 
-def test_the_shipped_recipe_is_readable():
-    recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / "finetune_mr" / "config.yaml")
+@pytest.mark.parametrize("name", ["finetune_mr", "finetune_sst2"])
+def test_the_shipped_recipes_are_readable_and_their_polynomials_fit(name, tmp_path):
+    recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / name / "config.yaml")
     assert recipe.training_arguments(max_steps=10).lora_rank == 2 and (recipe.model_folder / "config.json").is_file()
+    model = load_classifier(recipe.start_model(tmp_path))
+    for layer, module in model.polynomial_layers().items():
+        approximation = getattr(module, "approximation", None) or module.kernel_approximation
+        asked = recipe.approximations[layer].get("interval", approximation.interval)
+        assert approximation.interval == tuple(asked) and approximation.max_error < 0.006, layer
 
 
 def test_approximations_of_a_recipe_replace_those_of_a_copy(tiny, tmp_path):
