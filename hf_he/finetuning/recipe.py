@@ -19,7 +19,8 @@ from hf_he.finetuning.arguments import EncryptedTrainingArguments
 @dataclass(frozen=True)
 class FinetuneRecipe:
     """`model`: a folder, or the name of one in model_cards, of whose config.approximations those in `approximations` replace what they
-    name (an interval, a degree); `eval_rows` of the dev half (null: all) are scored before and after, in polynomial mode."""
+    name (an interval, a degree); `eval_rows` of the dev half (null: all) are scored before and after, in polynomial mode. Runs of at most
+    `short_runs["steps"]` steps take the other entries of `short_runs` in place of those of `arguments`: a warm-up that a whole epoch does not need."""
 
     model: str = "he-bert-tiny-mr"
     task: str = "mr"
@@ -28,10 +29,13 @@ class FinetuneRecipe:
     eval_rows: int | None = 512
     approximations: dict[str, dict[str, Any]] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    short_runs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DataError(f"recipe: task {self.task!r} is not one of {', '.join(TASKS)}")
+        if self.short_runs and type(self.short_runs.get("steps")) is not int:
+            raise DataError("recipe: short_runs needs `steps`, the number of steps up to which it holds")
 
     @property
     def model_folder(self) -> Path:
@@ -58,7 +62,11 @@ class FinetuneRecipe:
 
     def training_arguments(self, **overrides: Any) -> EncryptedTrainingArguments:
         """The recipe's arguments with those of `overrides` that are not None. Raises DataError for an unknown name, ParameterError for a wrong value."""
-        chosen = {"report_to": "none", **self.arguments, **{name: value for name, value in overrides.items() if value is not None}}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        short = dict(self.short_runs)
+        if not 0 < given.get("max_steps", 0) <= short.pop("steps", 0):
+            short.clear()
+        chosen = {"report_to": "none", **self.arguments, **short, **given}
         known = {entry.name for entry in dataclasses.fields(EncryptedTrainingArguments)}
         if unknown := set(chosen) - known:
             raise DataError(f"recipe: unknown argument {sorted(unknown)[0]!r}: they are those of EncryptedTrainingArguments")
@@ -75,6 +83,7 @@ def load_finetune_recipe(path: str | Path, **overrides: Any) -> FinetuneRecipe:
     except yaml.YAMLError:
         raise DataError(f"{path} is not YAML: see recipes/finetune_mr/config.yaml") from None
     known = {entry.name for entry in dataclasses.fields(FinetuneRecipe)}
-    if not isinstance(values, dict) or set(values) - known or not isinstance(values.get("arguments", {}), dict):
-        raise DataError(f"{path}: the keys of a recipe are {', '.join(sorted(known))}, `arguments` being a table")
+    tables = ("approximations", "arguments", "short_runs")
+    if not isinstance(values, dict) or set(values) - known or not all(isinstance(values.get(name, {}), dict) for name in tables):
+        raise DataError(f"{path}: the keys of a recipe are {', '.join(sorted(known))}, of which {', '.join(tables)} are tables")
     return FinetuneRecipe(**{**values, **{name: value for name, value in overrides.items() if value is not None}})

@@ -79,7 +79,7 @@ def main() -> None:
         model = PeftModel.from_pretrained(base, options.adapter / "adapter").eval()
         print(json.dumps({"adapter": str(options.adapter), "mode": "polynomial", **scores(model, tokenizer, recipe)}))
         return
-    rate = options.learning_rate or recipe.training_arguments().learning_rate
+    rate = options.learning_rate or recipe.training_arguments(max_steps=options.max_steps).learning_rate
     model, losses = train(recipe, tokenizer, options.seed, rate, options.max_steps)
     tail = losses[-len(losses) // 5 :]
     measured = {"seed": options.seed, "learning_rate": rate, "steps": len(losses), "loss": sum(tail) / len(tail), "mode": "exact"}

@@ -66,7 +66,7 @@ def test_prepare_names_the_commands(recipe, tmp_path):
 
 def test_recipes_are_checked(tmp_path):
     path = tmp_path / "recipe.yaml"
-    for text, message in (("a: 1", "the keys of a recipe"), ("[", "not YAML"), ("arguments: 3", "a table"), ("task: poetry", "not one of")):
+    for text, message in (("a: 1", "the keys of a recipe"), ("[", "not YAML"), ("short_runs: 3", "are tables"), ("task: poetry", "not one of")):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             load_finetune_recipe(path)
@@ -74,6 +74,8 @@ def test_recipes_are_checked(tmp_path):
         load_finetune_recipe(tmp_path / "none.yaml")
     with pytest.raises(DataError, match="unknown argument 'lora_depth'"):
         FinetuneRecipe(arguments={"lora_depth": 3}).training_arguments()
+    with pytest.raises(DataError, match="needs `steps`"):
+        FinetuneRecipe(short_runs={"warmup_steps": 3})
 
 
 @pytest.mark.parametrize("name", ["finetune_mr", "finetune_sst2"])
