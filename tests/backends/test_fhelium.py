@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_he.backends import fhelium_matrix
 from hf_he.backends.fhelium_keys import HOST, KeyResidency
 from hf_he.backends.fhelium_matrix import residue_products
 from hf_he.ckks.parameters import parameter_set
@@ -14,10 +15,12 @@ CARD = torch.device("meta")
 """A device that is not the host; torch has it everywhere."""
 
 
+@pytest.mark.parametrize("most_pieces", [2, 4])
 @pytest.mark.parametrize("bits", [1, 16, 24, 25])
-@pytest.mark.parametrize("terms", [1, 17, 300])
-def test_matrix_products_are_exact(bits, terms):
-    """With the largest residues and weights, and more terms than one float64 sum holds."""
+@pytest.mark.parametrize("terms", [1, 17, 300, 2100])
+def test_matrix_products_are_exact(bits, terms, most_pieces, monkeypatch):
+    """With the largest residues and weights: split into two, three and four pieces, and more terms than one float64 sum holds."""
+    monkeypatch.setattr(fhelium_matrix, "MOST_PIECES", most_pieces)
     moduli = parameter_set("n16-bootstrap").moduli[:3]
     generator = np.random.default_rng(bits)
     residues = np.stack([generator.integers(0, q, (terms, 2, 5)) for q in moduli], axis=2)
@@ -26,7 +29,7 @@ def test_matrix_products_are_exact(bits, terms):
     weights[0], weights[1] = 2**bits - 1, 1 - 2**bits
     found = residue_products(weights, torch.from_numpy(residues), torch.tensor(moduli))
     expected = np.tensordot(weights.astype(object), residues.astype(object), axes=1) % np.array(moduli, dtype=object)[:, None]
-    assert found.dtype == torch.int64
+    assert found.dtype == torch.int64 and found.transpose(0, 1).is_contiguous()
     np.testing.assert_array_equal(found.numpy(), expected.astype(np.int64))
 
 
