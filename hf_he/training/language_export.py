@@ -54,9 +54,19 @@ def _summary(run: str, seeds: dict[str, Any], baseline: dict[str, Any]) -> dict[
 
 
 def _publish(pipeline: LanguagePipeline, variant: str, seed: int, report: dict[str, Any], folder: Path) -> None:
-    """Float32 weights in polynomial mode, tokenizer, generation defaults, scores and card."""
+    """Float32 weights in polynomial mode, tokenizer, generation defaults, card, and report.json: the report as far as it concerns this seed
+    of the variant and of softmax."""
     model = HEGPTNeoXForCausalLM.from_pretrained(pipeline.folder(seed, variant), dtype=torch.float32)
     model.set_mode("polynomial")
     model.save_pretrained(folder)
     pipeline.tokenizer.save_pretrained(folder)
+    own = {
+        "variant": variant,
+        "seed": seed,
+        "recipe": report["recipe"],
+        "tokens": report["tokens"],
+        "runs": {run: report["runs"][run][str(seed)] for run in (BASELINE, variant)},
+        "summary": {run: report["summary"][run] for run in (BASELINE, variant)},
+    }
+    (folder / "report.json").write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
     language_card(report, model.config, variant, seed).save(folder / "README.md")

@@ -86,6 +86,8 @@ def test_published_folders_generate_in_polynomial_mode(trained):
         assert ("US 12,647,248 B2" in card.text) == (name != "gaussian_kernel")
         assert "{" not in card.text.replace("```", "")
         assert (folder / "modeling_hf_he.py").is_file()
+        own = json.loads((folder / "report.json").read_text())
+        assert own["runs"] == {run: report["runs"][run]["0"] for run in ("softmax", name)} and own["summary"][name] == report["summary"][name]
 
 
 def test_evaluate_gives_the_perplexity_of_the_report(trained, recipe):
