@@ -40,12 +40,20 @@ class _Answer:
 
 
 class RemoteServer:
-    """Speaks to `hf-he serve`. Errors the server reports are raised here as the same hf_he classes."""
+    """Speaks to `hf-he serve`. Errors the server reports are raised here as the same hf_he classes.
+
+    A log-in in the URL, https://user:password@host, is sent as HTTP basic authentication and shown nowhere: `url` is without it.
+    """
 
     def __init__(self, url: str, timeout: float = 120.0, max_answer_bytes: int = MAX_ANSWER_BYTES) -> None:
-        self.url = url.rstrip("/")
+        try:
+            given = httpx.URL(url.rstrip("/"))
+        except httpx.InvalidURL:
+            raise HEError("the server's address is not a URL: it looks like http://127.0.0.1:8765") from None
+        self.url = str(given.copy_with(userinfo=b""))
         self.max_answer_bytes = max_answer_bytes
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers={"Accept-Encoding": "identity"})
+        login = (given.username, given.password) if given.userinfo else None
+        self._http = httpx.Client(base_url=self.url, auth=login, timeout=timeout, trust_env=False, headers={"Accept-Encoding": "identity"})
 
     def describe(self) -> dict[str, Any]:
         """Backend, parameters, model fingerprint and key id of what is served."""

@@ -13,13 +13,14 @@ message of an hf_he error, and the server goes on.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,10 @@ class UnknownJobError(HEError):
 
 class MessageTooLargeError(CorruptFileError):
     """A request body exceeds what any valid message could need."""
+
+
+class IncompleteMessageError(HEError):
+    """A request body stopped arriving."""
 
 
 class ServerBusyError(HEError):
@@ -146,16 +151,30 @@ class JobQueue:
     def __init__(self, server: Server) -> None:
         self.server = server
         self._jobs: dict[str, Job] = {}
+        self._arriving = 0
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf-he-job")
 
-    def submit(self, data: bytes) -> Job:
-        """Check a batch completely and queue it. Raises the typed errors of `Server.open` and ServerBusyError."""
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue, held while a message is received and checked, so that waiting jobs and arriving messages together are bounded.
+
+        Raises ServerBusyError when there is none.
+        """
         with self._lock:
             for job_id in [key for key, job in self._jobs.items() if job.abandoned]:
                 self._jobs.pop(job_id).cancel()
-            if sum(not job.finished for job in self._jobs.values()) >= MAX_WAITING_JOBS:
+            if self._arriving + sum(not job.finished for job in self._jobs.values()) >= MAX_WAITING_JOBS:
                 raise ServerBusyError(f"{MAX_WAITING_JOBS} jobs are waiting already: try again later")
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._arriving -= 1
+
+    def submit(self, data: bytes) -> Job:
+        """Check a batch completely and queue it, inside `place`. Raises the typed errors of `Server.open`."""
         work = self.server.open(data)
         job = Job(self.server.progress)
         with self._lock:
@@ -224,8 +243,9 @@ def create_app(server: Server) -> FastAPI:
 
     @app.post("/jobs", status_code=202)
     async def submit(request: Request) -> dict[str, str]:
-        data = await read_body(request, server.max_batch_bytes)
-        job = await run_in_threadpool(jobs.submit, data)
+        with jobs.place():
+            data = await read_body(request, server.max_batch_bytes)
+            job = await run_in_threadpool(jobs.submit, data)
         return {"id": job.id}
 
     @app.get("/jobs/{job_id}/next")
@@ -289,21 +309,29 @@ def _status(error: HEError) -> int:
         return 404
     if isinstance(error, MessageTooLargeError):
         return 413
+    if isinstance(error, IncompleteMessageError):
+        return 408
     if isinstance(error, ServerBusyError):
         return 503
     return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 422)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a request, at most `limit` bytes. Raises MessageTooLargeError without reading more."""
+async def read_body(request: Request, limit: int, silence_seconds: float = CLIENT_SILENCE_SECONDS) -> bytes:
+    """The body of a request, at most `limit` bytes. Raises MessageTooLargeError without reading more, IncompleteMessageError when nothing more arrives."""
     too_large = MessageTooLargeError(f"the message is larger than the {limit} bytes a valid one may take: send fewer sentences at a time")
     declared = request.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdigit() and len(declared) <= 18 and int(declared) <= limit):
         raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
+    parts, size, stream = [], 0, aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(silence_seconds):
+                part = await anext(stream, None)
+        except TimeoutError:
+            raise IncompleteMessageError(f"{size} bytes arrived and then none for {silence_seconds:.0f} s: send the message again") from None
+        if part is None:
+            return b"".join(parts)
         size += len(part)
         if size > limit:
             raise too_large
         parts.append(part)
-    return b"".join(parts)

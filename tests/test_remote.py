@@ -2,7 +2,10 @@
 
 import http.client
 import threading
+import traceback
+from base64 import b64encode
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -60,6 +63,34 @@ class TestHTTP:
     def test_nobody_there(self):
         with pytest.raises(HEError, match="start it with `hf-he serve`"):
             connect("http://127.0.0.1:9")
+
+    def test_a_log_in_is_sent_and_not_shown(self):
+        """What a proxy in front of the server asks for; errors and logs show the address without it."""
+        seen = []
+
+        class Proxy(BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(self.headers["Authorization"])
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            def log_message(self, *_):
+                pass
+
+        with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+            threading.Thread(target=proxy.handle_request).start()
+            server = connect(f"http://alice:pass%2Fword@127.0.0.1:{proxy.server_port}/")
+        assert seen == ["Basic " + b64encode(b"alice:pass/word").decode()]
+        assert server.url == f"http://127.0.0.1:{proxy.server_port}"
+        with pytest.raises(HEError) as caught:
+            server.describe()
+        text = "".join(traceback.format_exception(caught.value))
+        assert "pass/word" not in text and "pass%2F" not in text and "alice" not in text
+
+    def test_an_address_that_is_none(self):
+        with pytest.raises(HEError, match="looks like"):
+            connect("http://host:port")
 
     def test_errors_keep_their_class_and_internal_ones_keep_their_text_to_themselves(self):
         for name in ("CorruptFileError", "WrongKeyError", "MissingKeyError", "RangeError", "HEError"):

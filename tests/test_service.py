@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from contextlib import ExitStack
 from typing import ClassVar
 
 import pytest
 
 from hf_he.errors import RefreshError
-from hf_he.service import Job, MessageTooLargeError, read_body
+from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, read_body
 
 
 def test_oversized_streams_are_cut_off():
@@ -20,6 +21,33 @@ def test_oversized_streams_are_cut_off():
 
     with pytest.raises(MessageTooLargeError):
         asyncio.run(read_body(Endless(), limit=95))
+
+
+def test_a_message_that_stops_arriving_is_given_up():
+    class Stalled:
+        headers: ClassVar = {}
+
+        async def stream(self):
+            yield bytes(10)
+            await asyncio.Event().wait()
+
+    with pytest.raises(IncompleteMessageError, match="10 bytes"):
+        asyncio.run(read_body(Stalled(), limit=95, silence_seconds=0.01))
+
+
+def test_messages_on_their_way_count_as_waiting_jobs():
+    """Otherwise any number of clients could fill the memory at once, each with a message that none of the others' limits knows of."""
+    queue = JobQueue(server=None)
+    try:
+        with ExitStack() as places:
+            for _ in range(MAX_WAITING_JOBS):
+                places.enter_context(queue.place())
+            with pytest.raises(ServerBusyError, match="try again later"), queue.place():
+                pass
+        with queue.place():
+            pass
+    finally:
+        queue.close()
 
 
 class TestJob:
