@@ -3,39 +3,77 @@
 from __future__ import annotations
 
 import sys
+from errno import ENOSPC
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(
-    name="hf-he",
-    help="Private inference and fine-tuning of language models on CKKS ciphertexts.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="hf-he", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
-Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")]
+CLASSIFY = "Classify encrypted text"
+TRAIN = "Fine-tune and generate on ciphertexts"
+CLEAR = "Make models, in the clear"
+COST = "Cost and environment"
+ENCRYPTION = "Encryption"
+EXTRAS = {"serve": ("fastapi", "httpx", "uvicorn"), "train": ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "sklearn")}
+"""Modules of the optional dependencies, by the extra of hf-he that brings them."""
+
+RefreshPolicy = Literal["client", "bootstrap"]
+Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer. Default: the one in this clone.")]
 Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
-Backend = Annotated[str, typer.Option("--backend", help="auto, native, simulator (plaintext, no protection), fhelium or desilo.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's own choice.")]
-Parameters = Annotated[str, typer.Option("--parameters", help="Parameter set; see `hf-he env`.")]
-PolicyParameters = Annotated[str | None, typer.Option("--parameters", help="Parameter set; see `hf-he env`. Default: n14, with bootstrapping n16-bootstrap.")]
-Refresh = Annotated[str, typer.Option("--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.")]
-Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter for the decoder.")]
-Context = Annotated[int, typer.Option("--context", min=1, help="Token lanes of a ciphertext, a power of two: the longest prompt.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of prompt and text together; default: --context.")]
-DemoRefresh = Annotated[
-    str | None, typer.Option("--refresh", help="bootstrap: the server needs nobody; client: quicker, less memory, interactive. Default: what the set can.")
+Backend = Annotated[
+    str, typer.Option("--backend", help="auto (native), native, simulator (plaintext, no protection), fhelium or desilo.", rich_help_panel=ENCRYPTION)
 ]
-Features = Annotated[int | None, typer.Option("--features", min=1, help="Features per ciphertext; 1 is for hundreds of sentences. Default: the planner's.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's choice.", rich_help_panel=ENCRYPTION)
+]
+Parameters = Annotated[str, typer.Option("--parameters", help="CKKS parameter set; see `hf-he env`.", rich_help_panel=ENCRYPTION)]
+PolicyParameters = Annotated[
+    str | None,
+    typer.Option("--parameters", help="CKKS parameter set; see `hf-he env`. Default: n14, with bootstrapping n16-bootstrap.", rich_help_panel=ENCRYPTION),
+]
+Refresh = Annotated[
+    RefreshPolicy,
+    typer.Option(
+        "--refresh", help="client: exhausted ciphertexts go back to the client; bootstrap: the server refreshes them itself.", rich_help_panel=ENCRYPTION
+    ),
+]
+DemoRefresh = Annotated[
+    RefreshPolicy | None,
+    typer.Option(
+        "--refresh",
+        help="bootstrap: the server needs nobody; client: quicker, less memory, interactive. Default: bootstrap where set and backend can.",
+        rich_help_panel=ENCRYPTION,
+    ),
+]
+Features = Annotated[
+    int | None,
+    typer.Option("--features", min=1, help="Features per ciphertext; 1 is for hundreds of sentences. Default: the planner's.", rich_help_panel=ENCRYPTION),
+]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter for the decoder.")]
+Context = Annotated[int, typer.Option("--context", min=2, help="Tokens side by side in a ciphertext, a power of two: the longest prompt.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of prompt and text together. Default: --context.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-@app.command()
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-he {import_module('hf_he').__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")] = False) -> None:
+    """Private inference, fine-tuning and generation with transformers models on CKKS ciphertexts.
+
+    Progress and notices go to stderr, results to stdout. Exit status: 0; 1 after an error, or where plaintext disagrees; 2 for a wrong command line.
+    """
+
+
+@app.command(rich_help_panel=CLASSIFY)
 def demo(
     model: Model = None,
     backend: Backend = "auto",
@@ -55,7 +93,7 @@ def demo(
     raise typer.Exit(0 if agrees else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=CLASSIFY)
 def keygen(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Folder for secret.key, public.key and evaluation.keys.")] = Path("keys"),
@@ -71,7 +109,7 @@ def keygen(
     _load("files").keygen(model, out, backend, parameters, bootstrapping, generation)
 
 
-@app.command()
+@app.command(rich_help_panel=CLASSIFY)
 def encrypt(
     text: Annotated[Path, typer.Argument(help="UTF-8 text, one sentence per line.")],
     model: Model = None,
@@ -83,7 +121,7 @@ def encrypt(
     _load("files").encrypt(text, model, keys, out, features)
 
 
-@app.command()
+@app.command(rich_help_panel=CLASSIFY)
 def infer(
     encrypted: Annotated[Path, typer.Argument(help="File written by `hf-he encrypt`.")],
     model: Model = None,
@@ -99,7 +137,7 @@ def infer(
     _load("files").infer(encrypted, model, keys, out, server, refresh, json_output)
 
 
-@app.command()
+@app.command(rich_help_panel=CLASSIFY)
 def decrypt(
     result: Annotated[Path, typer.Argument(help="File written by `hf-he infer`.")],
     model: Model = None,
@@ -110,7 +148,7 @@ def decrypt(
     _load("files").decrypt(result, model, keys, json_output)
 
 
-@app.command()
+@app.command(rich_help_panel=CLASSIFY)
 def serve(
     evaluation_keys: Annotated[Path, typer.Option(help="The file evaluation.keys; a secret key is refused.")],
     model: Model = None,
@@ -132,22 +170,26 @@ def serve(
     _load("files").serve(model, evaluation_keys, backend, refresh, host, port, finetune, announce, generation)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on with.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
     model: Model = None,
     backend: Backend = "auto",
     parameters: PolicyParameters = None,
-    kernel: Annotated[str, typer.Option(help="Which shipped decoder: gaussian_kernel, normalized_gaussian_kernel or power_softmax.")] = "gaussian_kernel",
+    kernel: Annotated[
+        Literal["gaussian_kernel", "normalized_gaussian_kernel", "power_softmax"], typer.Option(help="Which shipped decoder, without --model.")
+    ] = "gaussian_kernel",
     adapter: Adapter = None,
     encrypt_adapter: Annotated[bool, typer.Option("--encrypt-adapter", help="The server gets the adapter as ciphertexts only.")] = False,
-    select: Annotated[str, typer.Option(help="Who picks the tokens: client, or server (encrypted argmax, small vocabularies).")] = "client",
+    select: Annotated[
+        Literal["client", "server"], typer.Option(help="Who picks the tokens: the client, or the server by encrypted argmax (small vocabularies).")
+    ] = "client",
     refresh: Refresh = "client",
     context: Context = 64,
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature instead of taking the most likely token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens that make up this probability.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample at this temperature instead of taking the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens that make up this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = None,
     json_output: Json = False,
@@ -161,7 +203,6 @@ def generate(
     raise typer.Exit(0 if agrees else 1)
 
 
-@app.command()
 def plan(
     model: Model = None,
     parameters: Parameters = "n14",
@@ -176,7 +217,6 @@ def plan(
         _load("plan").plan(model, parameters, json_output, batch)
 
 
-@app.command()
 def env(json_output: Json = False) -> None:
     """Show versions, CPU features, backends and parameter sets."""
     _load("env").env(json_output)
@@ -200,18 +240,37 @@ def _from_file(name: str):
     return module
 
 
-for _name in ("train", "convert", "evaluate", "finetune", "study"):
-    app.command(_name)(getattr(_from_file(_name), _name))
-app.add_typer(_from_file("bench").app, name="bench")
+for _name, _panel in (("finetune", TRAIN), ("convert", CLEAR), ("train", CLEAR), ("evaluate", CLEAR), ("study", COST)):
+    app.command(_name, rich_help_panel=_panel)(getattr(_from_file(_name), _name))
+app.command(rich_help_panel=COST)(plan)
+app.command(rich_help_panel=COST)(env)
+app.add_typer(_from_file("bench").app, name="bench", rich_help_panel=COST)
 
 
 def main() -> None:
-    """Run the command line; an hf_he error ends it with its name and message instead of a traceback."""
+    """Run the command line; an error of hf_he, of the file system or of a missing optional package ends it with one line instead of a traceback."""
     try:
         app()
     except Exception as error:
-        errors = sys.modules.get("hf_he.errors")
-        if errors is None or not isinstance(error, errors.HEError):
+        message = _explain(error)
+        if message is None:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(message, file=sys.stderr)
         sys.exit(1)
+
+
+def _explain(error: Exception) -> str | None:
+    """What happened and what to do; None for an error that nobody foresaw, whose traceback belongs into a report."""
+    errors = sys.modules.get("hf_he.errors")
+    if errors is not None and isinstance(error, errors.HEError):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        module = error.name.partition(".")[0]
+        for extra, modules in EXTRAS.items():
+            if module in modules:
+                return f"{module} is not installed: pip install 'hf-he[{extra}]', or in a clone pip install -e '.[{extra}]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}; choose a path that can be read and written" + (", or make room" if error.errno == ENOSPC else "")
+    if isinstance(error, OSError) and error.errno == ENOSPC:
+        return "the disk is full: make room, or choose another folder (TMPDIR for keys of a demo)"
+    return None

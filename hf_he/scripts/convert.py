@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,7 +11,9 @@ import typer
 def convert(
     source: Annotated[str, typer.Argument(help="Folder of a stock BERT, or the pinned checkpoint bert-tiny or minilm-l6.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    attention_kernel: Annotated[str, typer.Option(help="gaussian_kernel, normalized_gaussian_kernel, power_softmax or softmax.")] = "gaussian_kernel",
+    attention_kernel: Annotated[
+        Literal["gaussian_kernel", "normalized_gaussian_kernel", "power_softmax", "softmax"], typer.Option(help="Attention of the new model.")
+    ] = "gaussian_kernel",
     num_labels: Annotated[int | None, typer.Option(min=1, help="Outputs of a new head, when the source has none.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="UTF-8 text, one sentence per line: fit polynomials to the ranges it gives.")] = None,
     margin: Annotated[float, typer.Option(min=0.0, help="Widening of the calibrated ranges.")] = 0.25,

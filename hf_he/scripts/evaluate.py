@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,8 +12,8 @@ import typer
 def evaluate(
     model: Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")] = None,
     task: Annotated[str, typer.Option(help="mr, imdb, sst2, rte, cola, mrpc or stsb; lm: perplexity of a decoder.")] = "mr",
-    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
-    mode: Annotated[str, typer.Option(help="exact, polynomial or encrypted.")] = "polynomial",
+    split: Annotated[Literal["test", "dev", "train"], typer.Option(help="Part of the data.")] = "test",
+    mode: Annotated[Literal["exact", "polynomial", "encrypted"], typer.Option(help="Functions, polynomials, or polynomials on ciphertexts.")] = "polynomial",
     data_dir: Annotated[Path | None, typer.Option(help="Folder with TASK/SPLIT.tsv for tasks other than mr.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, at equal distances.")] = None,
     max_length: Annotated[
@@ -30,13 +30,11 @@ def evaluate(
 
     from hf_he.checkpoints import default_model
     from hf_he.data import load_dataset
-    from hf_he.errors import DataError, HEError
+    from hf_he.errors import HEError
     from hf_he.evaluation import MAX_LENGTH, evaluate_model
     from hf_he.evaluation import baselines as score_baselines
     from hf_he.scripts.display import print_json
 
-    if mode not in ("exact", "polynomial", "encrypted"):
-        raise DataError(f"unknown mode {mode!r}: choose exact, polynomial or encrypted.")
     if task == "lm":
         if mode == "encrypted":
             return _evaluate_decoder(model, split, data_dir, limit or 100, max_length or MAX_LENGTH, backend, parameters, json_output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from hf_he.finetuning.trainer import EncryptedTrainer
 
 SHORT_RUN_STEPS = 10
+ENCRYPTION = "Encryption"
+Location = Literal["server", "client"]
 
 
 def finetune(
@@ -18,26 +20,47 @@ def finetune(
     task: Annotated[str | None, typer.Option(help="mr, imdb, with --data-dir sst2, cola and others; lm: a decoder on a text of your own (--text).")] = None,
     text: Annotated[Path | None, typer.Option(help="With --task lm: the private text, UTF-8.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="With --task lm: tokens of a window, a power of two. Default: 64.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Another than the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-8, help="Another than the recipe's.")] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe; default: recipes/finetune_mr/config.yaml of this clone.")] = None,
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the files of a GLUE task.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder of the run: keys, checkpoints, adapter, plot.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, native, simulator (plaintext, no protection), fhelium or desilo.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's own choice.")] = None,
-    parameters: Annotated[str | None, typer.Option(help="Parameter set; see `hf-he env`.")] = None,
-    refresh: Annotated[str | None, typer.Option(help="client or bootstrap.")] = None,
-    optimizer_location: Annotated[str | None, typer.Option(help="server or client (one round trip per step, the client sees the gradient).")] = None,
-    loss_location: Annotated[str | None, typer.Option(help="server or client (one round trip per micro-batch).")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, native, simulator (plaintext, no protection), fhelium or desilo.", rich_help_panel=ENCRYPTION)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N, where the backend runs on it. Default: the backend's choice.", rich_help_panel=ENCRYPTION)
+    ] = None,
+    parameters: Annotated[str | None, typer.Option(help="CKKS parameter set; see `hf-he env`.", rich_help_panel=ENCRYPTION)] = None,
+    refresh: Annotated[
+        Literal["client", "bootstrap"] | None,
+        typer.Option(
+            help="Who refreshes exhausted ciphertexts: the client, or the server by bootstrapping. Default: the recipe's.", rich_help_panel=ENCRYPTION
+        ),
+    ] = None,
+    optimizer_location: Annotated[
+        Location | None,
+        typer.Option(help="client: one round trip per step, and it sees the gradient. Default: the recipe's, server.", rich_help_panel=ENCRYPTION),
+    ] = None,
+    loss_location: Annotated[
+        Location | None, typer.Option(help="client: one round trip per micro-batch. Default: the recipe's, server.", rich_help_panel=ENCRYPTION)
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the schedule; 0.1 epochs or so without it.")] = SHORT_RUN_STEPS,
-    epochs: Annotated[float | None, typer.Option(help="Train so many epochs instead of --max-steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0001, help="Train so many epochs instead of --max-steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the initial adapter and the data order.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.")] = None,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Only make the keys, for servers that are started elsewhere; then --resume --server URL.")] = False,
-    features: Annotated[int | None, typer.Option(min=1, help="Features per ciphertext: the hidden size, or 1. Default: the planner's choice.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.", rich_help_panel=ENCRYPTION)] = None,
+    server: Annotated[
+        list[str] | None, typer.Option(help="URL of a running `hf-he serve --finetune`, once per rank; default: child processes.", rich_help_panel=ENCRYPTION)
+    ] = None,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Only make the keys, for servers that are started elsewhere; then --resume --server URL.", rich_help_panel=ENCRYPTION),
+    ] = False,
+    features: Annotated[
+        int | None, typer.Option(min=1, help="Features per ciphertext: the hidden size, or 1. Default: the planner's choice.", rich_help_panel=ENCRYPTION)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

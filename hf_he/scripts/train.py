@@ -21,8 +21,10 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cut every stage after so many steps (a trial run).")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
 ) -> None:
-    """Train by a recipe. Its kind decides: an HEBert (teacher, soft labels, softmax student, kernel student, polynomial swap, export), or language
-    models (pre-training per attention kernel and seed, polynomial swap, export)."""
+    """Train a model that encryption can compute, by a recipe; resumable.
+
+    The recipe's kind decides: an HEBert (teacher, soft labels, softmax student, kernel student, polynomial swap, export), or language models
+    (pre-training per attention kernel and seed, polynomial swap, export)."""
     from accelerate import PartialState
     from rich.table import Table
     from transformers.utils import logging

@@ -1,0 +1,77 @@
+"""Wrong input to the command line: one line that names the fix, no traceback, and an exit status that scripts can use."""
+
+import errno
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_he import __version__, cli, errors
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+
+
+def test_commands_are_grouped_and_the_version_is_shown():
+    output = invoke("--help").output
+    assert [output.index(panel) for panel in (cli.CLASSIFY, cli.TRAIN, cli.CLEAR, cli.COST)] == sorted(output.index(panel) for panel in (
+        cli.CLASSIFY, cli.TRAIN, cli.CLEAR, cli.COST))  # fmt: skip
+    shown = invoke("--version")
+    assert shown.exit_code == 0 and shown.output.split() == ["hf-he", __version__]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("demo", "--refresh", "magic"), ("--refresh", "client", "bootstrap")),
+        (("infer", "x.enc", "--refresh", "magic"), ("--refresh", "client", "bootstrap")),
+        (("generate", "--prompt", "a", "--kernel", "magic"), ("--kernel", "gaussian_kernel", "power_softmax")),
+        (("generate", "--prompt", "a", "--select", "magic"), ("--select", "client", "server")),
+        (("generate", "--prompt", "a", "--top-p", "3"), ("--top-p",)),
+        (("generate", "--prompt", "a", "--temperature", "-1"), ("--temperature",)),
+        (("evaluate", "--mode", "magic"), ("--mode", "exact", "polynomial", "encrypted")),
+        (("evaluate", "--split", "magic"), ("--split", "test", "dev", "train")),
+        (("convert", "bert-tiny", "--out", "x", "--attention-kernel", "magic"), ("--attention-kernel", "power_softmax")),
+        (("finetune", "--refresh", "magic"), ("--refresh", "client", "bootstrap")),
+        (("finetune", "--optimizer-location", "moon"), ("--optimizer-location", "server", "client")),
+        (("finetune", "--learning-rate", "-1"), ("--learning-rate",)),
+        (("finetune", "--epochs", "-1"), ("--epochs",)),
+        (("serve", "--evaluation-keys", "x", "--port", "99999"), ("--port", "65535")),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, tuple) and len(value) > 1 else "",
+)
+def test_a_wrong_option_names_what_is_allowed_and_exits_with_2(arguments, names):
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and all(name in result.output for name in names), result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.DataError("pass another file"), "DataError: pass another file"),
+        (ModuleNotFoundError("No module named 'fastapi'", name="fastapi"), "pip install 'hf-he[serve]'"),
+        (ModuleNotFoundError("No module named 'sklearn.linear_model'", name="sklearn.linear_model"), "pip install 'hf-he[train]'"),
+        (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied: out/x"),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x"),
+    ],
+    ids=["ours", "serve", "train", "permission", "full", "full-file"],
+)
+def test_foreseen_errors_end_in_one_line(error, message, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 1 and message in shown and shown.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
