@@ -2,7 +2,7 @@
 
 training = TrainingClient(client, settings, run, seed=0)
 training.keygen()
-server.infer(training.setup(), training.answers(0, []).__call__)
+server.infer(training.setup(), training.answers(0, [], []))
 messages = training.encrypt_step(1, texts, labels)           # one per rank of the server
 """
 
@@ -21,6 +21,7 @@ from hf_he.checkpoints import load_classifier
 from hf_he.client import Client, Refresher
 from hf_he.errors import CorruptFileError, DataError, RangeError, RefreshError, TrainingError
 from hf_he.finetuning.adapter import AdapterLayout
+from hf_he.finetuning.loss import logit_spread
 from hf_he.finetuning.parallel import share
 from hf_he.finetuning.plan import StepPlan, plan_step
 from hf_he.finetuning.protocol import (
@@ -108,14 +109,18 @@ class TrainingClient:
         """A step's examples, `packing.sequences` to a micro-batch, the micro-batches shared among the server's ranks."""
         if not 1 <= len(texts) <= self.settings.sequences or len(texts) != len(labels):
             raise DataError(f"a step of this run takes 1 to {self.settings.sequences} examples with labels, got {len(texts)} and {len(labels)}")
-        lanes, rows = self.packing.sequences, range(len(texts))
-        chunks = [tuple(rows[start : start + lanes]) for start in range(0, len(texts), lanes)]
+        chunks = self.micro_batches(len(texts))
         parts = [[chunks[i] for i in share(len(chunks), rank, ranks)] or [()] for rank in range(ranks)]
         most = max_batches(self.client.model.config, self.packing)
         if max(map(len, parts)) > most:
-            raise DataError(f"{len(texts)} examples are more than {most} micro-batches of {lanes} for a server process: use a smaller batch")
+            raise DataError(f"{len(texts)} examples are more than {most} micro-batches of {self.packing.sequences} for a server process: use a smaller batch")
         embeddings, masks = self.client.embed(list(texts))
         return [EncryptedStep(self._message(step, len(texts), part, embeddings, masks, labels), tuple(part)) for part in parts]
+
+    def micro_batches(self, examples: int) -> list[tuple[int, ...]]:
+        """Which examples of a step share a packing."""
+        lanes = self.packing.sequences
+        return [tuple(range(start, min(start + lanes, examples))) for start in range(0, examples, lanes)]
 
     def _message(
         self, step: int, sequences: int, chunks: Sequence[tuple[int, ...]], embeddings: np.ndarray, masks: np.ndarray, labels: Sequence[float]
@@ -246,9 +251,8 @@ class TrainingClient:
         if self.num_labels == 1:
             return float(np.mean((logits - self._targets(labels)) ** 2))
         if self.settings.loss_location == "server":
-            spread = np.abs(logits[:, 1] - logits[:, 0] if self.num_labels == 2 else logits - logits.mean(-1, keepdims=True)).max()
-            if spread > self.settings.loss_bound:
-                bound = self.settings.loss_bound
+            spread, bound = np.abs(logit_spread(logits)).max(), self.settings.loss_bound
+            if spread > bound:
                 raise RangeError(f"loss: logits spread by {spread:.3g}, the softmax was fitted to {bound:g}: start again with a larger loss_bound")
         return float(-np.log(np.maximum(_softmax(logits)[np.arange(len(labels)), np.asarray(labels, dtype=np.int64)], 1e-300)).mean())
 

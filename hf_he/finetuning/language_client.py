@@ -57,11 +57,6 @@ class LanguageTrainingClient(TrainingClient):
         self.client.use_keys(keys)
         return keys
 
-    def micro_batches(self, windows: int) -> list[list[int]]:
-        """Which windows share a packing."""
-        lanes = self.packing.sequences
-        return [list(range(start, min(start + lanes, windows))) for start in range(0, windows, lanes)]
-
     def encrypt_windows(self, step: int, windows: torch.Tensor, lengths: torch.Tensor) -> bytes:
         """A step's windows, `packing.sequences` to a micro-batch; what is left of the last one holds copies without a loss."""
         tokens = int((lengths - 1).sum())
@@ -70,7 +65,7 @@ class LanguageTrainingClient(TrainingClient):
         with torch.no_grad():
             states = self.client.model.get_input_embeddings()(windows).numpy()
         parts = self.micro_batches(len(windows))
-        embeddings = self._encrypted(np.stack([pack_embeddings(states[rows], self.packing) for rows in parts]))
+        embeddings = self._encrypted(np.stack([pack_embeddings(states[list(rows)], self.packing) for rows in parts]))
         return LanguageStep(self.client.identity, self.run, step, len(parts), tokens, embeddings).to_bytes()
 
     def text_answers(self, step: int, windows: torch.Tensor, lengths: torch.Tensor) -> TextAnswers:
@@ -107,7 +102,7 @@ class TextAnswers(Answers):
 
     def _loss(self, values: np.ndarray, batch: int) -> np.ndarray:
         """The gradient of the summed loss in the last hidden states of micro-batch `batch`; lanes that hold copies have none."""
-        training, packing, rows = self._training, self._training.packing, self._rows[batch]
+        training, packing, rows = self._training, self._training.packing, list(self._rows[batch])
         features = training.client.model.config.hidden_size
         hidden = torch.from_numpy(unpack_state(values, packing, features, len(rows)).copy()).requires_grad_()
         summed, _ = next_token_loss(training.head(hidden), self._windows[rows], self._lengths[rows])

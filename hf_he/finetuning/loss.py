@@ -53,7 +53,7 @@ class CrossEntropy:
     def calibrated(cls, logits: np.ndarray, margin: float = 0.5, degree: int = 15) -> CrossEntropy:
         """For a model whose logits [rows, classes] are these before training, which may widen their spread by `margin`; the bound is at least 8."""
         logits = np.asarray(logits, dtype=np.float64)
-        spread = float(np.abs(_spread(logits)).max())
+        spread = float(np.abs(logit_spread(logits)).max())
         return cls(logits.shape[1], max(SMALLEST_BOUND, math.ceil(spread * (1.0 + margin))), degree)
 
     @property
@@ -86,7 +86,7 @@ class CrossEntropy:
     def reference(self, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """[rows, classes] gradient with the same polynomials; `labels` [rows] are classes. Raises RangeError for logits beyond the bound."""
         logits = np.asarray(logits, dtype=np.float64)
-        spread = _spread(logits)
+        spread = logit_spread(logits)
         if np.abs(spread).max() > self.bound:
             raise RangeError(
                 f"loss: logits spread by {np.abs(spread).max():.3g}, the softmax was fitted to {self.bound:g}. Calibrate with a larger margin, "
@@ -156,8 +156,8 @@ class MeanSquaredError:
 Loss = CrossEntropy | MeanSquaredError
 
 
-def _spread(logits: np.ndarray) -> np.ndarray:
-    """[rows, classes]: what the bound is about."""
+def logit_spread(logits: np.ndarray) -> np.ndarray:
+    """[rows, classes]: what the bound is about, differences of two logits, of more the distances from their mean."""
     if logits.shape[1] == 2:
         return logits - logits[:, ::-1]
     return logits - logits.mean(1, keepdims=True)

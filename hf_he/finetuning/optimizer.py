@@ -5,6 +5,8 @@ is the only function to approximate; nothing is divided. m and v are the bias-co
 m <- a m + (1 - a) g with a = beta (1 - beta^(t-1)) / (1 - beta^t), likewise v with g^2. These factors are public numbers of the step, so the
 correction costs no level, every value stays of the size of a gradient, and the first step needs no encrypted zeros.
 
+The state before the first step is empty: the averages begin with its gradient.
+
 Gradients arrive multiplied by `gradient_gain` = 1 / sqrt(divisor), a constant that packing them folds into its masks. With g' = g / sqrt(M),
 m' / sqrt(v' + eps / M) is the update itself: M cancels, and v' + eps / M lies in [eps / M, 1] when `divisor` M is above v + eps.
 
@@ -25,7 +27,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,9 +35,6 @@ from hf_he.backends.base import Ciphertext
 from hf_he.errors import ParameterError, RangeError
 from hf_he.ops.context import OperationContext
 from hf_he.ops.norm import inverse_root, inverse_root_depth
-
-if TYPE_CHECKING:
-    from hf_he.finetuning.adapter import EncryptedAdapter
 
 State = dict[str, Ciphertext]
 PlainState = dict[str, np.ndarray]
@@ -59,10 +57,6 @@ class SGD:
     @property
     def gradient_gain(self) -> float:
         return 1.0 / math.sqrt(self.divisor)
-
-    def init(self, adapter: EncryptedAdapter) -> State:
-        """The state before the first step: none, the averages begin with its gradient."""
-        return {}
 
     def step(
         self, context: OperationContext, weights: Ciphertext, gradient: Ciphertext, state: Mapping[str, Ciphertext], lr: float, step: int
@@ -120,10 +114,6 @@ class AdamWHE:
     def depth(self) -> int:
         """Levels from the gradient to the updated weights when nothing is refreshed on the way."""
         return 2 + inverse_root_depth(self.approximation) + 1
-
-    def init(self, adapter: EncryptedAdapter) -> State:
-        """The state before the first step: none, the averages begin with its gradient."""
-        return {}
 
     def step(
         self, context: OperationContext, weights: Ciphertext, gradient: Ciphertext, state: Mapping[str, Ciphertext], lr: float, step: int

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_he.finetuning.adapter import scaled
-from hf_he.finetuning.loss import CrossEntropy
 from hf_he.finetuning.optimizer import PlainState
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.schedule import learning_rate
@@ -42,7 +41,7 @@ class PolynomialTraining:
         """One update on a batch; `inputs` are the model's, `labels` [rows] classes or numbers. Returns the mean loss before it."""
         logits = self.model(**{name: _double(values) for name, values in inputs.items()}).logits
         values, labels = logits.detach().numpy(), np.asarray(labels)
-        self.losses.append(self._mean_loss(logits.detach(), labels))
+        self.losses.append(mean_loss(logits.detach(), labels))
         gradient = torch.from_numpy(self.loss.reference(values, labels) / len(labels))
         gradients = torch.autograd.grad(logits, list(self._trained.values()), gradient)
         self._update(dict(zip(self._trained, gradients, strict=True)))
@@ -63,10 +62,11 @@ class PolynomialTraining:
                 values, self._state[name] = self.optimizer.reference(parameter.numpy(), gradient, self._state[name], rate, step)
                 parameter.copy_(torch.from_numpy(values))
 
-    def _mean_loss(self, logits: torch.Tensor, labels: np.ndarray) -> float:
-        if isinstance(self.loss, CrossEntropy):
-            return float(F.cross_entropy(logits, torch.from_numpy(labels)))
-        return float(F.mse_loss(logits[:, 0], torch.from_numpy(labels).to(logits.dtype)))
+
+def mean_loss(logits: torch.Tensor, labels: np.ndarray) -> float:
+    """Cross-entropy of logits [rows, classes], squared error of a single output."""
+    targets = torch.from_numpy(labels)
+    return float(F.mse_loss(logits[:, 0], targets.to(logits.dtype)) if logits.shape[1] == 1 else F.cross_entropy(logits, targets))
 
 
 def _double(values: torch.Tensor) -> torch.Tensor:

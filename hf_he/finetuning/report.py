@@ -108,7 +108,7 @@ def report_of(trainer: EncryptedTrainer, announce: Callable[[str], None] = lambd
 
 
 def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[str, Any]:
-    """The recipe in the clear and in polynomial mode: the same contract, without what only an encrypted run has (null). Writes the adapter to `output_dir`."""
+    """The recipe in the clear and in polynomial mode: the same contract, null for what only an encrypted run has. Writes `output_dir`/adapter."""
     from hf_he.client import Client
     from hf_he.finetuning.calibration import calibrate
     from hf_he.finetuning.trainer import accepted

@@ -76,11 +76,11 @@ class TrainingRun:
         return adapted_model(model, settings)
 
     def load(self, weights: Ciphertext, state: dict[str, Ciphertext] | None = None) -> None:
-        """Go on from dense weights [count] and the optimiser's state; None begins it. Nothing is computed yet."""
+        """Go on from dense weights [count] and the optimiser's state, None before the first step. Nothing is computed yet."""
         if self.adapter is None:
             self.adapter = EncryptedAdapter(self.session, self.model, self.layout, weights)
         self.adapter.replace(weights)
-        self.state = self.optimizer.init(self.adapter) if state is None else state
+        self.state = {} if state is None else state
         self._installed = False
 
     def prepare(self) -> None:

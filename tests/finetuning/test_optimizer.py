@@ -30,7 +30,7 @@ def run_reference(optimizer, weights, gradients, lr=4e-3):
 def run_encrypted(lab, optimizer, weights, gradients, lr=4e-3):
     """Gradients arrive at level 0, as packing leaves them."""
     dense = lab.backend.encrypt(weights, lab.secret)
-    state = optimizer.init(None)
+    state = {}
     for step, gradient in enumerate(gradients, start=1):
         gradient = lab.backend.encrypt(optimizer.gradient_gain * gradient, lab.secret, 0)
         dense, state = optimizer.step(lab.session, dense, gradient, state, learning_rate("cosine", lr, step, STEPS), step)
