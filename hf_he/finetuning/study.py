@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from hf_he.checkpoints import load_classifier, model_fingerprint
@@ -29,6 +29,7 @@ from hf_he.finetuning.calibration import calibrate
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.plan import plan_step
 from hf_he.finetuning.protocol import TrainingSettings
+from hf_he.finetuning.reference import mean_loss
 from hf_he.finetuning.report import twin_run
 from hf_he.finetuning.step import TrainingRun
 from hf_he.packing import Packing
@@ -69,9 +70,9 @@ class Axes:
     """The values to study; the first of each is the centre that the others are varied about."""
 
     rank: Sequence[int] = (2, 1, 4, 8)
-    squarings: Sequence[int | None] = (None, 6, 8, 10)
-    norm_degree: Sequence[int | None] = (None, 7, 15, 31)
-    activation_degree: Sequence[int | None] = (None, 3, 7, 15)
+    squarings: Sequence[int | None] = (None, 7, 8, 10)
+    norm_degree: Sequence[int | None] = (None, 7, 15, 31, 63)
+    activation_degree: Sequence[int | None] = (None, 3, 7, 15, 63)
 
     def points(self) -> list[Point]:
         """The centre, then one axis at a time, then the lowest and the highest numbers of all axes together."""
@@ -194,9 +195,7 @@ class Study:
     def _scored(self, model: nn.Module) -> tuple[float, float]:
         """Metric and mean loss on the dev rows."""
         result = evaluate_model(model, self.tokenizer, self.dev)
-        logits, labels = torch.from_numpy(result.logits), torch.tensor(self.dev.labels)
-        loss = F.mse_loss(logits[:, 0], labels) if self.dev.is_regression else F.cross_entropy(logits, labels)
-        return result.score, float(loss)
+        return result.score, mean_loss(torch.from_numpy(result.logits), np.asarray(self.dev.labels))
 
     def _finished(self) -> dict[tuple[Point, int, int, int], Measured]:
         found = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,10 @@ from typing import Any
 from hf_he.finetuning.study import Measured, Point
 
 KNOBS = {"rank": "LoRA rank", "squarings": "kernel squarings k", "norm_degree": "LayerNorm degree", "activation_degree": "activation degree"}
+STYLES = {
+    kind: (marker, f"C{number}")
+    for number, (kind, marker) in enumerate(zip(("recipe", *KNOBS.values(), "several"), ("*", "o", "s", "^", "D", "X"), strict=True))
+}
 
 
 def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -91,7 +95,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, metric: str 
     figure.suptitle(title)
     figure.canvas.draw()
     for axis, quality in zip(panels, ("dev_loss", "score"), strict=True):
-        place_labels(axis, [(row["step_seconds"], row[quality], _label(row, rows[0])) for row in shown])
+        labels = [(row["step_seconds"], row[quality], _label(row, rows[0])) for row in shown]
+        place_labels(axis, labels, [_error(row, quality) for row in shown], [STYLES[_kind(row, rows[0])][1] for row in shown])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -99,14 +104,17 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, metric: str 
 def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], centre: Mapping[str, Any], quality: str, front: str) -> None:
     line = sorted((row["step_seconds"], row[quality]) for row in rows if row[front])
     axis.plot(*zip(*line, strict=True), "k--", linewidth=1, alpha=0.6, label="Pareto front", zorder=1)
-    styles = dict(zip(("recipe", *KNOBS.values(), "several"), ("*", "o", "s", "^", "D", "X"), strict=True))
-    for number, (kind, marker) in enumerate(styles.items()):
+    for kind, (marker, color) in STYLES.items():
         chosen = [row for row in rows if _kind(row, centre) == kind]
-        if not chosen:
-            continue
-        bars = [row[f"{quality}_spread"] / len(row["runs"]) ** 0.5 for row in chosen]
-        at = [row["step_seconds"] for row in chosen], [row[quality] for row in chosen]
-        axis.errorbar(*at, yerr=bars, fmt=marker, color=f"C{number}", markersize=11 if kind == "recipe" else 7, elinewidth=1, capsize=2, label=kind)
+        if chosen:
+            at, bars = ([row["step_seconds"] for row in chosen], [row[quality] for row in chosen]), [_error(row, quality) for row in chosen]
+            size = 12 if kind == "recipe" else 7
+            axis.errorbar(*at, yerr=bars, fmt=marker, color=color, ecolor=(color, 0.35), markersize=size, elinewidth=1.2, label=kind)
+
+
+def _error(row: Mapping[str, Any], quality: str) -> float:
+    """Standard error of the mean over the seeds."""
+    return row[f"{quality}_spread"] / len(row["runs"]) ** 0.5
 
 
 def _changed(row: Mapping[str, Any], centre: Mapping[str, Any]) -> list[str]:
@@ -123,32 +131,29 @@ def _label(row: Mapping[str, Any], centre: Mapping[str, Any]) -> str:
     return ", ".join(f"{short[name]} {row[name] or 'own'}" for name in _changed(row, centre)) or "recipe"
 
 
-def place_labels(axis: Any, entries: Sequence[tuple[float, float, str]]) -> None:
-    """Each label beside its point, where it overlaps least of what is already there."""
-    renderer, frame = axis.figure.canvas.get_renderer(), axis.get_window_extent()
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in (axis.transData.transform(entry[:2]) for entry in entries)]
-    for x, y, text in entries:
-        best = None
-        for offset in _offsets():
-            dx, dy = offset
-            sides = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "bottom" if dy > 0 else "top" if dy < 0 else "center"}
-            label = axis.annotate(text, (x, y), textcoords="offset points", xytext=offset, fontsize=8.5, zorder=5, **sides)
+OFFSETS = [
+    (sign * x, y) for x, y in ((8, 0), (8, 7), (8, -7), (0, 8), (0, -8), (8, 14), (8, -14), (0, 20), (0, -20), (24, 0), (24, 12), (24, -12)) for sign in (1, -1)
+]
+"""Of a label from its point, in points (1 / 72 inch)."""
+
+
+def place_labels(axis: Any, entries: Sequence[tuple[float, float, str]], errors: Sequence[float], colors: Sequence[str]) -> None:
+    """Each label (x, y, text) beside its point, where it covers least of the points, their error bars and the labels already there."""
+    renderer, frame, to_pixels = axis.figure.canvas.get_renderer(), axis.get_window_extent().extents, axis.transData.transform
+    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in (to_pixels(entry[:2]) for entry in entries)]
+    taken += [(*to_pixels((x, y - error)) - 1, *to_pixels((x, y + error)) + 1) for (x, y, _), error in zip(entries, errors, strict=True)]
+    for (x, y, text), color in zip(entries, colors, strict=True):
+        tried = []
+        for dx, dy in OFFSETS:
+            sides = {"ha": "left" if dx > 0 else "right" if dx < 0 else "center", "va": "center" if dx and abs(dy) < 6 else "bottom" if dy > 0 else "top"}
+            label = axis.annotate(text, (x, y), textcoords="offset points", xytext=(dx, dy), fontsize=9, color=color, zorder=5, **sides)
             box = label.get_window_extent(renderer).extents
-            outside = _area(box) - _overlap(box, frame.extents)
-            cost = sum(_overlap(box, other) for other in taken) + outside + 0.2 * (abs(dx) + abs(dy))
-            if best is None or cost < best[0]:
-                if best:
-                    best[1].remove()
-                best = (cost, label, box)
-            else:
-                label.remove()
-        taken.append(tuple(best[2]))
-
-
-def _offsets() -> Iterator[tuple[float, float]]:
-    """In points, nearest first."""
-    for distance in (7, 14, 22):
-        yield from ((distance, distance / 2), (-distance, distance / 2), (distance, -distance / 2), (-distance, -distance / 2), (0, distance), (0, -distance))
+            covered = sum(_overlap(box, other) for other in taken) + _area(box) - _overlap(box, frame)
+            tried.append((covered + 2.0 * (abs(dx) + abs(dy)), label, tuple(box)))
+        tried.sort(key=lambda candidate: candidate[0])
+        taken.append(tried[0][2])
+        for _, label, _ in tried[1:]:
+            label.remove()
 
 
 def _area(box: Sequence[float]) -> float:

@@ -16,11 +16,11 @@ def study(
     model: Annotated[str | None, typer.Option(help="Another start model: a folder, or a name in model_cards.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for results.jsonl, study.png and table.md; finished points are not run again.")] = Path("out/study"),
     ranks: Annotated[str, typer.Option(help="LoRA ranks; the first value of every axis is the centre.")] = "2,1,4,8",
-    squarings: Annotated[str, typer.Option(help="Kernel squarings k of (1 + x/2^k)^(2^k); own: the recipe's.")] = "own,6,8,10",
-    norm_degrees: Annotated[str, typer.Option(help="Degrees of LayerNorm's 1 / sqrt; own: the recipe's.")] = "own,7,15,31",
-    activation_degrees: Annotated[str, typer.Option(help="Degrees of the activations; own: the recipe's.")] = "own,3,7,15",
+    squarings: Annotated[str, typer.Option(help="Kernel squarings k of (1 + x/2^k)^(2^k); own: the recipe's.")] = "own,7,8,10",
+    norm_degrees: Annotated[str, typer.Option(help="Degrees of LayerNorm's 1 / sqrt; own: the recipe's.")] = "own,7,15,31,63",
+    activation_degrees: Annotated[str, typer.Option(help="Degrees of the activations; own: the recipe's.")] = "own,3,7,15,63",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each point.")] = 200,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each point, with seeds 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each point, with seeds 0, 1, ...")] = 2,
     parameters: Annotated[str | None, typer.Option(help="CKKS parameter set of the cost; default: the recipe's.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -56,7 +56,8 @@ def study(
     rows = summarise(measured)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
-    title = f"{train.task}, {len(dev)} dev rows after {steps} steps of {settings.sequences}, {seeds} seeds; cost planned for {arguments.parameter_set_name}"
+    runs = f"{steps} steps of {settings.sequences}, {seeds} seed{'s' * (seeds > 1)}"
+    title = f"{train.task.upper()}, {len(dev):,} dev rows after {runs}; cost planned for {arguments.parameter_set_name}"
     if any(row["score"] is not None for row in rows):
         plot(rows, output_dir / "study.png", title, dev.metric)
     if json_output:

@@ -170,7 +170,7 @@ def test_labels_of_near_points_do_not_overlap():
     axis.plot(*zip(*[entry[:2] for entry in entries], strict=True), "o")
     axis.set(xlim=(0.8, 1.3), ylim=(0.9, 1.1))
     figure.canvas.draw()
-    place_labels(axis, entries)
+    place_labels(axis, entries, [0.02] * len(entries), ["k"] * len(entries))
     boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in axis.texts]
     assert len(boxes) == len(entries)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
