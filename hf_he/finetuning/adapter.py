@@ -10,10 +10,9 @@ products with states need it (hf_he.ops.weights).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,14 +114,6 @@ class AdapterLayout:
             for name, values in state.items():
                 model.get_parameter(name).copy_(values)
 
-    def to_metadata(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"packing": self.packing.to_dict(), "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> AdapterLayout:
-        return cls(Packing(**metadata["packing"]), {name: tuple(shape) for name, shape in metadata["shapes"].items()})
-
 
 class EncryptedAdapter:
     """The trained parameters of `model` as encrypted leaves: `dense` [count] is what the optimiser knows, `install` gives the model its vectors."""
@@ -151,17 +142,24 @@ class EncryptedAdapter:
         two iterations: the errors of all steps add up in the weights.
         """
         self._dense = self.session.ensure_level(self._dense, self.session.top, iterations=2)
-        periodic = spread(self.session, self._dense, self.layout)
-        backend = self.session.backend
-        for name, shape in self.layout.shapes.items():
-            start = self.layout.starts[name]
-            vectors = backend.take(periodic, slice(start, start + self.layout.vectors(name)))
-            leaf = self.session.weight(vectors, shape) if len(shape) == 2 else self.session.bias(vectors, shape[0])
-            path, _, attribute = name.rpartition(".")
-            module = self.model.get_submodule(path)
+        for name in self.layout.names:  # before there are new ones: with one feature per ciphertext they take gigabytes
+            module, attribute = self._place(name)
             module._parameters.pop(attribute, None)
-            setattr(module, attribute, leaf)
-            self._leaves[name] = leaf
+            vars(module).pop(attribute, None)
+        self._leaves.clear()
+        backend = self.session.backend
+        with backend.log.measure("optimizer"):
+            spread_out = spread(self.session, self._dense, self.layout)
+            for name, shape in self.layout.shapes.items():
+                vectors = backend.stack([next(spread_out) for _ in range(self.layout.vectors(name))])
+                leaf = self.session.weight(vectors, shape) if len(shape) == 2 else self.session.bias(vectors, shape[0])
+                setattr(*self._place(name), leaf)
+                self._leaves[name] = leaf
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module of a parameter, and the parameter's name there."""
+        path, _, attribute = name.rpartition(".")
+        return self.model.get_submodule(path), attribute
 
     def collect(self, factor: float = 1.0, scales: Sequence[float] = ()) -> Ciphertext:
         """`factor` times the gradients that backward passes left in the leaves, dense [count], one level below them; clears them.
@@ -213,8 +211,8 @@ def _sum(context: OperationContext, a: Ciphertext, b: Ciphertext) -> Ciphertext:
     return context.backend.add(context.backend.match_level(a, level), context.backend.match_level(b, level))
 
 
-def spread(context: OperationContext, dense: Ciphertext, layout: AdapterLayout) -> Ciphertext:
-    """[count] dense -> [total] periodic, two levels below.
+def spread(context: OperationContext, dense: Ciphertext, layout: AdapterLayout) -> Iterator[Ciphertext]:
+    """[count] dense -> `total` periodic, two levels below, as they are asked for.
 
     First every group of `inner` lanes is copied over all groups, then every lane over its group: with outer = lanes / inner,
     count (outer - 1) + groups (inner - 1) rotations by powers of two, which the lane sums of gradients need as well.
@@ -222,15 +220,12 @@ def spread(context: OperationContext, dense: Ciphertext, layout: AdapterLayout) 
     backend, c = context.backend, layout.packing.features
     inner = 1 << (layout.lanes.bit_length() - 1) // 2
     lanes = np.repeat(np.eye(inner), c, axis=1)
-    vectors: list[Ciphertext] = []
-    with backend.log.measure("optimizer"):
-        selected = _groups(context, dense, layout, inner)
-        for group in range(selected.count):  # one after another: of a group's copies there are `inner`
-            copies = _shifts(context, backend.take(selected, slice(group, group + 1)), c, inner)
-            masks = _masks(context, copies, "lanes", lambda: np.stack([np.roll(lanes, shift, axis=0) for shift in range(inner)], axis=1))
-            spread_out = backend.rescale(backend.multiply_plain_sum(masks, copies))
-            vectors += [backend.take(backend.take(spread_out, j), 0) for j in range(min(inner, layout.total - len(vectors)))]
-        return backend.stack(vectors)
+    selected = _groups(context, dense, layout, inner)
+    for group in range(selected.count):  # one after another: of a group's copies there are `inner`
+        copies = _shifts(context, backend.take(selected, slice(group, group + 1)), c, inner)
+        masks = _masks(context, copies, "lanes", lambda: np.stack([np.roll(lanes, shift, axis=0) for shift in range(inner)], axis=1))
+        spread_out = backend.rescale(backend.multiply_plain_sum(masks, copies))
+        yield from (backend.take(backend.take(spread_out, j), 0) for j in range(min(inner, layout.total - group * inner)))
 
 
 def _groups(context: OperationContext, dense: Ciphertext, layout: AdapterLayout, inner: int) -> Ciphertext:
