@@ -30,6 +30,7 @@ from hf_he.finetuning.language_step import LanguageTwin, adapted_decoder, next_t
 from hf_he.finetuning.optimizer import calibrate_divisor
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import EncryptedAdapterMessage, RunId, TrainingSettings
+from hf_he.finetuning.report import relative_error
 from hf_he.generation.adapter import EncryptedLora
 from hf_he.generation.client import GenerationClient
 from hf_he.generation.model import load_decoder
@@ -166,16 +167,14 @@ class EncryptedTextTrainer:
         start = {name: value.detach().clone() for name, value in training.layout.values(training.model).items()}
         training.layout.load(training.model, state)
         training.model.save_pretrained(self.folder / "adapter")
-        expected = twin.adapter
-        error, size, update = (_norm(values) for values in (_apart(state, expected), expected, _apart(expected, start)))
         seconds = [report["step_seconds"] for report in self.reports]
         return {
             "backend": self.client.backend.name,
             "steps": step,
             "losses": self.losses,
             "losses_polynomial": twin.losses,
-            "adapter_relative_error": error / size,
-            "update_relative_error": error / update,
+            "adapter_relative_error": relative_error(state, twin.adapter),
+            "update_relative_error": relative_error(state, twin.adapter, start),
             "seconds_per_step": float(np.mean(seconds)) if seconds else None,
             "server_seconds_per_step": float(np.mean([report["seconds"] for report in self.reports])) if seconds else None,
             "refreshes_per_step": float(np.mean([report["refreshes"] for report in self.reports])) if seconds else None,
@@ -255,11 +254,3 @@ def text_windows(ids: Sequence[int], context: int) -> tuple[torch.Tensor, torch.
     filled = ids * (context // len(ids) + 2)
     windows = [filled[start : start + context] for start in starts]
     return torch.tensor(windows), torch.tensor([min(context, len(ids) - start) for start in starts])
-
-
-def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: a[name] - b[name] for name in a}
-
-
-def _norm(values: dict[str, torch.Tensor]) -> float:
-    return float(sum(value.double().square().sum() for value in values.values())) ** 0.5
