@@ -14,6 +14,7 @@ from hf_he.errors import CorruptFileError, DataError, HEError
 
 DEFAULT_MODEL = "he-bert-tiny-mr"
 DEFAULT_DECODER = "he-gpt-neox-tiny"
+MODEL_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -28,8 +29,24 @@ def default_decoder(attention_kernel: str = "gaussian_kernel") -> Path:
     return _shipped(f"{DEFAULT_DECODER}/{attention_kernel}")
 
 
+def find_model(name: str | Path) -> Path:
+    """The folder called `name` or, where that holds no model, the one of that name in model_cards of this clone."""
+    shipped = MODEL_CARDS / name
+    return shipped if not (Path(name) / "config.json").is_file() and (shipped / "config.json").is_file() else Path(name)
+
+
+def check_architecture(directory: Path, suffix: str, needed: str) -> None:
+    """Raises DataError when the folder's configuration names other architectures than those that end in `suffix`, say ForCausalLM.
+
+    transformers would load such weights with a new, random head.
+    """
+    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if architectures and not any(str(name).endswith(suffix) for name in architectures):
+        raise DataError(f"{directory} holds {architectures[0]}, and this needs {needed}: give the folder of a model that ends in {suffix}")
+
+
 def _shipped(name: str) -> Path:
-    directory = Path(__file__).resolve().parent.parent / "model_cards" / name
+    directory = MODEL_CARDS / name
     if not (directory / "config.json").is_file():
         raise DataError(f"the model {name} comes with a clone of the repository and is not at {directory}: give a folder with --model")
     return directory
@@ -59,11 +76,12 @@ def model_fingerprint(directory: str | Path) -> str:
 
 
 def load_classifier(directory: str | Path) -> torch.nn.Module:
-    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds no model, CorruptFileError for a damaged one.
+    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds none, CorruptFileError for a damaged one.
 
     Weights are read from safetensors only: those the fingerprint covers, and nothing that unpickling could execute.
     """
     model_fingerprint(directory)
+    check_architecture(Path(directory), "ForSequenceClassification", "a classifier")
     try:
         model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         model.eval()

@@ -22,7 +22,16 @@ EXTRAS = {"serve": ("fastapi", "httpx", "uvicorn"), "train": ("accelerate", "dat
 """Modules of the optional dependencies, by the extra of hf-he that brings them."""
 
 RefreshPolicy = Literal["client", "bootstrap"]
-Model = Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer. Default: the one in this clone.")]
+
+
+def _find_model(name: Path | None) -> Path | None:
+    return None if name is None else import_module("hf_he.checkpoints").find_model(name)
+
+
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", callback=_find_model, help="Folder of a model and its tokenizer, or a name in model_cards. Default: the one in this clone."),
+]
 Keys = Annotated[Path, typer.Option("--keys", help="Key folder written by `hf-he keygen`.")]
 Backend = Annotated[
     str, typer.Option("--backend", help="auto (native), native, simulator (plaintext, no protection), fhelium or desilo.", rich_help_panel=ENCRYPTION)

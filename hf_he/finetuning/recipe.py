@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from hf_he.checkpoints import default_model, load_classifier
+from hf_he.checkpoints import find_model, load_classifier
 from hf_he.data import TASKS, TextDataset, load_dataset
 from hf_he.errors import DataError
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
@@ -39,8 +39,7 @@ class FinetuneRecipe:
 
     @property
     def model_folder(self) -> Path:
-        named = default_model().parent / self.model
-        return named if (named / "config.json").is_file() else Path(self.model)
+        return find_model(self.model)
 
     def start_model(self, output_dir: str | Path) -> Path:
         """The folder training starts from: the model's own, or with `approximations` a copy in `output_dir`/start. Raises DataError for a layer it lacks."""

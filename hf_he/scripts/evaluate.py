@@ -10,7 +10,9 @@ import typer
 
 
 def evaluate(
-    model: Annotated[Path | None, typer.Option("--model", help="Folder of the model and its tokenizer; default: the one in this clone.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Folder of a model and its tokenizer, or a name in model_cards. Default: the one in this clone.")
+    ] = None,
     task: Annotated[str, typer.Option(help="mr, imdb, sst2, rte, cola, mrpc or stsb; lm: perplexity of a decoder.")] = "mr",
     split: Annotated[Literal["test", "dev", "train"], typer.Option(help="Part of the data.")] = "test",
     mode: Annotated[Literal["exact", "polynomial", "encrypted"], typer.Option(help="Functions, polynomials, or polynomials on ciphertexts.")] = "polynomial",
@@ -28,13 +30,14 @@ def evaluate(
     """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) beside polynomial mode when encrypted."""
     from transformers import AutoTokenizer
 
-    from hf_he.checkpoints import default_model
+    from hf_he.checkpoints import default_model, find_model
     from hf_he.data import load_dataset
     from hf_he.errors import HEError
     from hf_he.evaluation import MAX_LENGTH, evaluate_model
     from hf_he.evaluation import baselines as score_baselines
     from hf_he.scripts.display import print_json
 
+    model = None if model is None else find_model(model)
     if task == "lm":
         if mode == "encrypted":
             return _evaluate_decoder(model, split, data_dir, limit or 100, max_length or MAX_LENGTH, backend, parameters, json_output)
@@ -108,10 +111,12 @@ def _load_classifier(directory: Path, mode: str):
     from transformers import AutoModelForSequenceClassification
 
     import hf_he
+    from hf_he.checkpoints import check_architecture
     from hf_he.errors import DataError
 
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
+    check_architecture(directory, "ForSequenceClassification", "a classifier; for perplexity add --task lm")
     classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     if isinstance(classifier, hf_he.HEBertPreTrainedModel):
         classifier.set_mode(mode)

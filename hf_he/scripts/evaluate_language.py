@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_he.checkpoints import check_architecture
 from hf_he.corpora import load_documents
 from hf_he.errors import DataError
 from hf_he.models.polynomial_mode import PolynomialModeMixin
@@ -36,6 +37,7 @@ def load_decoder(directory: Path, mode: str) -> tuple[PreTrainedModel, PreTraine
     """The model in `mode` and its tokenizer. Raises DataError for a folder without a model, or a stock model in another mode than exact."""
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
+    check_architecture(directory, "ForCausalLM", "a decoder")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
     if isinstance(model, PolynomialModeMixin):
         model.set_mode(mode)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_he.checkpoints import default_decoder
+from hf_he.checkpoints import default_decoder, find_model
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS
 from hf_he.errors import CheckpointError, DataError, ParameterError
 from hf_he.finetuning.language import RUN_FILE, EncryptedTextTrainer
@@ -49,7 +49,7 @@ def finetune_text(
         raise CheckpointError(f"{folder} holds {'a run already: add --resume' if known else 'no run to resume: leave --resume out'}, or choose another folder")
     chosen = {name: value for name, value in options.items() if value is not None} | {"refresh": refresh, "announce": say}
     chosen["parameters"] = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else DEFAULT_PARAMETERS)
-    directory = model or default_decoder()
+    directory = find_model(model) if model else default_decoder()
     with ExitStack() as stack:
         server = stack.enter_context(connect(urls[0])) if urls else None
         data = EncryptedTextTrainer(directory, content, folder, server=server, **chosen).train()

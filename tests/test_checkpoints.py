@@ -1,0 +1,23 @@
+"""Saved models: found by folder or name, and refused for a task that they were not trained for."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_he.checkpoints import default_decoder, default_model, find_model, load_classifier
+from hf_he.errors import DataError
+from hf_he.generation.model import load_decoder
+
+
+def test_a_model_is_found_by_folder_or_by_name(tmp_path):
+    assert find_model("he-bert-tiny-mr") == default_model() and find_model("he-gpt-neox-tiny/power_softmax") == default_decoder("power_softmax")
+    assert find_model(default_model()) == default_model() and find_model("no-such-model") == Path("no-such-model")
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(tmp_path) == tmp_path
+
+
+def test_models_of_another_task_are_refused_instead_of_getting_a_random_head():
+    with pytest.raises(DataError, match="holds HEGPTNeoXForCausalLM, and this needs a classifier"):
+        load_classifier(default_decoder())
+    with pytest.raises(DataError, match="holds HEBertForSequenceClassification, and this needs a decoder"):
+        load_decoder(default_model())
