@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from hf_he import nn as he_nn
+from hf_he import ops
 from hf_he.approximation import kernel_exponential
 from hf_he.attention import gaussian_kernel_attention
 from hf_he.autograd import Loss
@@ -62,6 +63,14 @@ def test_a_product_with_one_takes_no_level(lab):
 def test_activation(lab, name, level):
     module = activation(name)
     check(lab, module, lab.states(40), level=level)
+
+
+def test_wide_activations_in_pieces(lab, monkeypatch):
+    monkeypatch.setattr(ops.activation, "LARGEST_BATCH", 2)
+    widths, evaluate = [], ops.polynomial.evaluate
+    monkeypatch.setattr(ops.polynomial, "evaluate", lambda backend, ct, coefficients: widths.append(ct.count) or evaluate(backend, ct, coefficients))
+    check(lab, activation(), lab.states(96))
+    assert max(widths) == 2 and sum(widths) == 2 * 96 // 16
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute"])

@@ -52,19 +52,24 @@ def mapped(context: OperationContext, operand: Operand, approximation: Polynomia
 
 
 def evaluated(context: OperationContext, ct: Ciphertext, approximation: Polynomial) -> Ciphertext:
-    """The polynomial of a mapped input; wide batches, of one feature per ciphertext, in pieces: powers are several times the input's size."""
+    """The polynomial of a mapped input."""
     backend = context.backend
     flat = backend.reshape(ct, (ct.count,))
 
     def part(own: range) -> Ciphertext:
-        count, piece = len(own), math.gcd(len(own), LARGEST_BATCH)
-        if count <= LARGEST_BATCH:
-            return polynomial.evaluate(backend, backend.take(flat, slice(own.start, own.stop)), approximation.coefficients)
-        pieces = (backend.take(flat, slice(start, start + piece)) for start in range(own.start, own.stop, piece))
-        return backend.reshape(backend.stack([polynomial.evaluate(backend, piece, approximation.coefficients) for piece in pieces]), (count,))
+        return _in_pieces(context, backend.take(flat, slice(own.start, own.stop)), approximation.coefficients)
 
     with backend.log.measure("activation"):
         return backend.reshape(context.sharded(ct.count, part), ct.batch_shape)
+
+
+def _in_pieces(context: OperationContext, ct: Ciphertext, coefficients: tuple[float, ...]) -> Ciphertext:
+    """The series of a batch [n]; wide batches, of one feature per ciphertext, in pieces: powers are several times the input's size."""
+    backend, piece = context.backend, math.gcd(ct.count, LARGEST_BATCH)
+    if ct.count <= LARGEST_BATCH:
+        return polynomial.evaluate(backend, ct, coefficients)
+    pieces = (backend.take(ct, slice(start, start + piece)) for start in range(0, ct.count, piece))
+    return backend.reshape(backend.stack([polynomial.evaluate(backend, piece, coefficients) for piece in pieces]), (ct.count,))
 
 
 def gradient(context: OperationContext, ct: Ciphertext, approximation: Polynomial, upstream: Operand) -> Operand:
@@ -77,7 +82,7 @@ def gradient(context: OperationContext, ct: Ciphertext, approximation: Polynomia
     level = min(SLOPE_LEVEL, context.top - depth)
     ct = context.backend.drop_level(context.ensure_level(ct, depth + level), depth + level)
     with context.backend.log.measure("activation"):
-        slope = polynomial.evaluate(context.backend, ct, coefficients)
+        slope = _in_pieces(context, ct, coefficients)
     return arithmetic.scaled(upstream, Operand(context, upstream.features, slope))
 
 
