@@ -13,9 +13,9 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import SecretKeyBase
 from hf_he.backends.log import OperationLog
 from hf_he.errors import BackendUnavailableError
+from hf_he.secret_key import SecretKeyBase
 from hf_he.serialization import quoted
 
 if TYPE_CHECKING:

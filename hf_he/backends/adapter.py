@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
 
 SCALE_TOLERANCE = 1e-9
+LEAST_FACTOR = 2.0**20
+"""A factor is rounded to an integer: below this, the rounding would be an error that no noise estimate knows of."""
 
 
 class Adapter(ABC):
@@ -113,6 +115,27 @@ class Adapter(ABC):
         bits = math.log2(a.scale * scale)
         if bits > self.parameters.log2_modulus(a.level) - 1:
             raise ScaleMismatchError(f"a scale of 2^{bits:.1f} does not fit the modulus of level {a.level}: rescale before multiplying")
+
+    def _check_fits(self, values: np.ndarray, scale: float, level: int) -> None:
+        """Plaintext values times their scale must stay below half the modulus: beyond it they would come back as other values."""
+        largest = float(np.abs(values).max(initial=0.0))
+        if largest and math.log2(largest) + math.log2(scale) > self.parameters.log2_modulus(level) - 1:
+            raise ScaleMismatchError(
+                f"a value of 2^{math.log2(largest):.1f} at a scale of 2^{math.log2(scale):.1f} does not fit the modulus of level {level}: "
+                "encode it at a higher level or a smaller scale"
+            )
+
+    def _matching_factor(self, a: Ciphertext, level: int) -> float:
+        """The integer, but for rounding, that `a` times and rescaled to `level` is canonical there."""
+        factor = self.parameters.scale_at(level) * self.parameters.moduli[level + 1] / a.scale
+        if factor < LEAST_FACTOR:
+            raise ScaleMismatchError(f"a scale of 2^{math.log2(a.scale):.1f} is too large to be matched to level {level}: rescale the product first")
+        return factor
+
+    def _check_scalar(self, value: float) -> float:
+        if not math.isfinite(value):
+            raise ParameterError(f"a scalar operand must be finite, got {value}: check the weights")
+        return value
 
     def _check_two(self, a: Ciphertext) -> None:
         if a.components != 2:

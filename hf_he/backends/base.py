@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_he.backends.adapter import Adapter, broadcast
-from hf_he.backends.keys import refuse_secret_key
 from hf_he.backends.log import OperationLog
 from hf_he.backends.values import Ciphertext, EvaluationKeys, Plaintext
 from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ShapeError, WrongKeyError
+from hf_he.secret_key import refuse_secret_key
 
 if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
@@ -53,6 +53,8 @@ class HEBackend(Adapter):
     """Kinds of device; a backend with more than one takes a `device` when it is made."""
     demo_sentences = 32
     """How many `hf-he demo` classifies unless told, on a CPU: those of a few minutes."""
+    evaluation_key_type: type | None = None
+    """Of the payload of evaluation keys, which names its parameters in `fingerprint`; None: not checked."""
 
     def __init__(self, parameters: CKKSParameters) -> None:
         self.parameters = parameters
@@ -114,15 +116,24 @@ class HEBackend(Adapter):
         """An encryption key anyone may hold."""
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
-        """Use these keys. Raises SecretKeyOnServerError for a secret key or anything that carries one, ParameterError for anything else."""
+        """Use these keys. Raises SecretKeyOnServerError for a secret key or anything that carries one, ParameterError for anything but keys of this backend
+        and parameter set."""
         refuse_secret_key(keys, "load_evaluation_keys")
         if not isinstance(keys, EvaluationKeys):
             raise ParameterError(f"evaluation keys are made by generate_evaluation_keys, got {type(keys).__name__}")
+        if self.evaluation_key_type is not None:
+            if not isinstance(keys.payload, self.evaluation_key_type):
+                raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
+            if keys.payload.fingerprint != self.parameters.fingerprint:
+                raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
         self.evaluation_keys = keys
 
     # ---- encoding and encryption ----
     def encode(self, values: np.ndarray, level: int, scale: float | None = None) -> Plaintext:
-        """Encode [*batch, period] reals (period a power of two dividing slots) at `level`; default scale `scale_at(level)`."""
+        """Encode [*batch, period] reals (period a power of two dividing slots) at `level`; default scale `scale_at(level)`.
+
+        Raises ShapeError, LevelError, and ScaleMismatchError for values that do not fit the modulus.
+        """
         values = np.asarray(values, dtype=np.float64)
         period = values.shape[-1]
         if period < 1 or period & (period - 1) or self.parameters.slots % period:
@@ -131,12 +142,13 @@ class HEBackend(Adapter):
             raise ShapeError("cannot encode NaN or infinity: check the values (and the model weights) before encoding")
         self._check_level(level)
         scale = self.parameters.scale_at(level) if scale is None else scale
+        self._check_fits(values, scale, level)
         with self.log.primitive("encode", level, math.prod(values.shape[:-1])):
             payload = self._encode(values, level, scale)
         return Plaintext(payload, values.shape[:-1], level, scale, period)
 
     def encrypt(self, values: np.ndarray, key: Any, level: int | None = None) -> Ciphertext:
-        """Encrypt [*batch, slots] reals under a public or secret key at `level` (default: the top), at the canonical scale."""
+        """Encrypt [*batch, slots] reals under a public or secret key at `level` (default: the top), at the canonical scale. Errors as `encode`."""
         values = np.asarray(values, dtype=np.float64)
         if values.ndim < 1 or values.shape[-1] != self.parameters.slots:
             raise ShapeError(f"encrypt takes [*batch, {self.parameters.slots}] values, got {tuple(values.shape)}")
@@ -144,6 +156,7 @@ class HEBackend(Adapter):
             raise ShapeError("cannot encrypt NaN or infinity: check the input")
         level = self.parameters.max_level if level is None else level
         self._check_level(level)
+        self._check_fits(values, self.parameters.scale_at(level), level)
         self._check_fingerprint(key)
         with self.log.primitive("encrypt", level, math.prod(values.shape[:-1])):
             payload = self._encrypt(values, key, level, self.parameters.scale_at(level))
@@ -186,8 +199,10 @@ class HEBackend(Adapter):
             return replace(a, payload=self._add_plain(a, b), batch_shape=shape)
 
     def add_scalar(self, a: Ciphertext, value: float) -> Ciphertext:
+        value = self._check_scalar(float(value))
+        self._check_fits(np.array(value), a.scale, a.level)
         with self.log.primitive("add", a.level, a.count):
-            return replace(a, payload=self._add_scalar(a, float(value)))
+            return replace(a, payload=self._add_scalar(a, value))
 
     def sum(self, a: Ciphertext) -> Ciphertext:
         """Sum over the leading batch axis."""
@@ -228,8 +243,9 @@ class HEBackend(Adapter):
         """Multiply by round(value * scale), scale defaulting to `scale_at(level)`."""
         scale = self.parameters.scale_at(a.level) if scale is None else scale
         self._check_product(a, scale)
+        factor = round(self._check_scalar(value * scale))
         with self.log.primitive("multiply_scalar", a.level, a.count):
-            return replace(a, payload=self._multiply_integer(a, round(value * scale)), scale=a.scale * scale)
+            return replace(a, payload=self._multiply_integer(a, factor), scale=a.scale * scale)
 
     def linear_combination(self, weights: np.ndarray, a: Ciphertext, scale: float = 1.0) -> Ciphertext:
         """Integer weights [out, in] (|w| < 2^25), standing for weights / scale, times ciphertexts [in, *batch] -> [out, *batch].
@@ -272,14 +288,14 @@ class HEBackend(Adapter):
         return a if level == a.level else replace(a, payload=self._drop_level(a, level), level=level)
 
     def match_level(self, a: Ciphertext, level: int) -> Ciphertext:
-        """The same values at a lower level and its canonical scale; free when already there, one scalar product and rescale otherwise."""
+        """The same values at a lower level and its canonical scale; free (the scale is not looked at) when already there, else one scalar product and
+        rescale. Raises LevelError, and ScaleMismatchError for a product that was not rescaled."""
         if a.level == level:
             return a
         if level > a.level:
             raise LevelError(f"this ciphertext is at level {a.level}, level {level} was asked for: refresh it first")
         a = self.drop_level(a, level + 1)
-        factor = self.parameters.scale_at(level) * self.parameters.moduli[level + 1] / a.scale
-        return self.rescale(self.multiply_scalar(a, 1.0, scale=factor))
+        return self.rescale(self.multiply_scalar(a, 1.0, scale=self._matching_factor(a, level)))
 
     # ---- automorphisms ----
     def rotate(self, a: Ciphertext, steps: Sequence[int]) -> Ciphertext:

@@ -1,43 +1,35 @@
-"""What every backend's key types share."""
+"""What the key types of backends over a library share."""
 
 from __future__ import annotations
 
-import secrets
+from dataclasses import dataclass, field
+from typing import Any
 
-from hf_he.errors import SecretKeyOnServerError
+from hf_he.secret_key import SecretKeyBase, new_key_id, refuse_secret_key
 
-KEY_ID_BYTES = 8
-
-
-def new_key_id() -> str:
-    """16 random hex characters from the operating system, shared by everything made from one secret key."""
-    return secrets.token_hex(KEY_ID_BYTES)
+__all__ = ["GaloisKeys", "LibraryKeys", "LibraryPublicKey", "SecretKeyBase", "new_key_id", "refuse_secret_key"]
 
 
-class SecretKeyBase:
-    """Marker of every secret key: shows only its id, and refuses pickling and copying.
-
-    Writing one to a file takes `backend.serialize(key, allow_secret=True)`.
-    """
+@dataclass(frozen=True, eq=False)
+class LibraryPublicKey:
+    """The encryption key of a library behind a backend; each backend has a subclass, by which it knows its own."""
 
     key_id: str
     fingerprint: str
-
-    def __init__(self, key_id: str, fingerprint: str) -> None:
-        self.key_id = key_id
-        self.fingerprint = fingerprint
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(key_id={self.key_id!r})"
-
-    def __reduce_ex__(self, protocol):
-        raise TypeError("a secret key cannot be pickled or copied: write it with backend.serialize(key, allow_secret=True) to a file only its owner reads")
-
-    def __reduce__(self):
-        return self.__reduce_ex__(2)
+    key: Any = field(repr=False)
 
 
-def refuse_secret_key(item: object, where: str) -> None:
-    """Raise SecretKeyOnServerError when `item` is a secret key or has one as an attribute; `where` names what it was handed to."""
-    if any(isinstance(held, SecretKeyBase) for held in (item, *getattr(item, "__dict__", {}).values())):
-        raise SecretKeyOnServerError(f"{where} was handed a secret key: a server holds evaluation keys only, the secret key stays with the client")
+@dataclass(frozen=True, eq=False)
+class GaloisKeys:
+    """A library's keys for relinearisation, rotations by the contract's steps, and conjugation."""
+
+    relinearization: Any = field(repr=False)
+    rotations: dict[int, Any] = field(repr=False)
+    conjugation: Any = field(repr=False, default=None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LibraryKeys(GaloisKeys):
+    """Galois keys of one parameter set, the payload of evaluation keys; each backend has a subclass."""
+
+    fingerprint: str

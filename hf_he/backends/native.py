@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks import files
 from hf_he.ckks.bootstrapping import files as bootstrapping_files
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
@@ -40,6 +39,7 @@ class NativeBackend(HEBackend):
 
     name = "native"
     bootstraps = True
+    evaluation_key_type = SwitchingKeys
 
     def __init__(self, parameters: CKKSParameters) -> None:
         super().__init__(parameters)
@@ -76,12 +76,8 @@ class NativeBackend(HEBackend):
 
     def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
         """Use these keys. Raises SecretKeyOnServerError for a secret key, ParameterError for keys of another backend or parameter set."""
-        refuse_secret_key(keys, "load_evaluation_keys")
-        if not isinstance(keys.payload, SwitchingKeys):
-            raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
-        if keys.payload.fingerprint != self.parameters.fingerprint:
-            raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
-        if keys.bootstrapping is not None and keys.bootstrapping.fingerprint != self.parameters.fingerprint:
+        bootstrapping = getattr(keys, "bootstrapping", None)
+        if bootstrapping is not None and bootstrapping.fingerprint != self.parameters.fingerprint:
             raise ParameterError("these bootstrapping keys were generated for other CKKS parameters: generate them again")
         super().load_evaluation_keys(keys)
         self.__dict__.pop("_bootstrapper", None)

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.backends.simulator_kernels import NoiseSource, largest_magnitude, product_sums
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients, to_values
 from hf_he.ckks.parameters import ERROR_STANDARD_DEVIATION, CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, ScaleMismatchError, SecretKeyOnServerError, WrongKeyError
+from hf_he.secret_key import SecretKeyBase, new_key_id
 from hf_he.serialization import pack, read_file, unpack_for, write_file
 
 TERNARY_VARIANCE = 2.0 / 3.0

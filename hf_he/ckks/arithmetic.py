@@ -159,7 +159,10 @@ def multiply_plain_rows(a, ia, plain, ip, out, moduli):
 
 @kernel(parallel=True)
 def weighted_sum(a, weights, constants, out, moduli):
-    """out[b, h, i] = sum_k weights[k, i] * a[k, b, h, i], plus constants[i] on component 0: a [K, B, C, L, N], centred weights."""
+    """out[b, h, i] = sum_k weights[k, i] * a[k, b, h, i], plus constants[i] on component 0: a [K, B, C, L, N], centred weights.
+
+    Products within 0.6 q and a constant within 0.5 q: K <= 12 terms stay below 2^53.
+    """
     terms = a.shape[0]
     batch, components, limbs, n = out.shape
     for r in prange(batch * components * limbs):

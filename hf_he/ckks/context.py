@@ -16,6 +16,8 @@ from hf_he.errors import ParameterError
 
 MAX_RING_DEGREE = 1 << 16
 MAX_DIGIT = 8
+MAX_DIGITS = 10
+"""Of a key: so many products within 0.75 q add up to less than 2^53, which `conversion.inner_product` reduces only once."""
 MIN_MODULUS = 1 << 28
 MAX_PERMUTATIONS = 512
 
@@ -28,6 +30,11 @@ class Context:
             raise ParameterError(f"the native engine runs ring degrees up to {MAX_RING_DEGREE} with at most {MAX_DIGIT} special moduli")
         if min(*parameters.moduli, *parameters.special_moduli) < MIN_MODULUS:
             raise ParameterError("the native engine's base conversion is exact for moduli above 2^28 only: use larger primes")
+        if len(parameters.moduli) > MAX_DIGITS * parameters.digit_size:
+            raise ParameterError(
+                f"{len(parameters.moduli)} moduli in digits of {parameters.digit_size} are more than the {MAX_DIGITS} digits that the native engine adds up "
+                "exactly: use more special moduli and a larger digit_size"
+            )
         self.parameters = parameters
         self.ring_degree = parameters.ring_degree
         self.chain = (*parameters.moduli, *parameters.special_moduli)

@@ -182,7 +182,10 @@ def convert_block(s, count, weights, modulus, q0, qi0, u, size):
 
 @kernel
 def inner_product(digits, at, row, dnum, keys, i, k, width, a0, a1, q0, qi0, n):
-    """a0, a1 = sum_j digits[at + j*row:] * key i modulo modulus k [:, j, 0 and 1]. Digits within 2 q, keys within q/2: products within 0.75 q."""
+    """a0, a1 = sum_j digits[at + j*row:] * key i modulo modulus k [:, j, 0 and 1].
+
+    Digits within 2 q, keys within q/2: products within 0.75 q, and at most 10 of them (context.MAX_DIGITS) within 7.5 q < 2^53.
+    """
     q = sp(q0)
     qi = sp(qi0)
     b = keys.halves[i, 0] + keys.rows[i, k]

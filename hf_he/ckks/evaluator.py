@@ -64,11 +64,13 @@ class Evaluator:
         """[B, d] integer coefficients of polynomials in X^(N/d) (see encoder.to_coefficients) to compact residues [B, level + 1, S]."""
         return self._to_rows(coefficients, level)
 
-    def _to_rows(self, coefficients: np.ndarray, level: int) -> np.ndarray:
+    def _to_rows(self, coefficients: np.ndarray, level: int, noise: np.ndarray | float = 0.0) -> np.ndarray:
+        """Residues of coefficients + noise. Large coefficients are reduced first: a sum of floats beyond 2^53 would round the noise away."""
         context, limbs = self.context, level + 1
         compact = coefficients.shape[-1] < context.ring_degree
         if np.abs(coefficients).max(initial=0.0) >= EXACT_INTEGERS:
-            return np.concatenate([self._to_rows_of(np.fmod(coefficients, context.chain[k]), k, compact) for k in range(limbs)], axis=1)
+            return np.concatenate([self._to_rows_of(np.fmod(coefficients, context.chain[k]) + noise, k, compact) for k in range(limbs)], axis=1)
+        coefficients = coefficients + noise
         if compact:
             return context.compact(coefficients, limbs)
         return context.forward(coefficients[:, context.order], np.arange(limbs))
@@ -89,13 +91,13 @@ class Evaluator:
         out = empty(count, 2, limbs, n)
         if isinstance(key, SecretKey):
             seeds = np.frombuffer(os.urandom(SEED_BYTES * count), dtype=np.uint8).reshape(count, SEED_BYTES)
-            payload = self._to_rows(message + gaussian((count, n), Stream()), level)
+            payload = self._to_rows(message, level, gaussian((count, n), Stream()))
             for i in range(count):
                 self.expand(seeds[i].tobytes(), out[i, 1])
             encryption.encrypt_rows(out, payload, key._rows, self.moduli)
             return out.reshape(*batch, 2, limbs, n), seeds.reshape(*batch, SEED_BYTES)
         noise = context.forward(gaussian((count, n), Stream()), chain)
-        payload = self._to_rows(message + gaussian((count, n), Stream()), level)
+        payload = self._to_rows(message, level, gaussian((count, n), Stream()))
         mask = context.forward(ternary((count, n), Stream()), chain)
         encryption.encrypt_public_rows(out, mask, key.b, key.a, payload, noise, self.moduli)
         return out.reshape(*batch, 2, limbs, n), None

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.ckks.context import Context
 from hf_he.ckks.conversion import KeyTable
 from hf_he.ckks.jit import KERNEL_LOCK, kernel
 from hf_he.ckks.random import SEED_BYTES, Stream, gaussian, ternary, uniform, uniform_into
 from hf_he.ckks.vector import WIDTH, add, larger, ld, ld_packed, mm, mul, red, sp, st, st_packed, sub
+from hf_he.secret_key import SecretKeyBase, new_key_id
 
 
 class SecretKey(SecretKeyBase):

@@ -6,6 +6,7 @@ import math
 import pytest
 from ckks_reference import toy_parameters
 
+from hf_he.ckks.context import Context
 from hf_he.ckks.number_theory import is_prime, nearest_prime, primitive_root_of_unity
 from hf_he.ckks.parameters import MAX_LOG2_QP, PARAMETER_SETS, CKKSParameters, parameter_set
 from hf_he.errors import InsecureParametersError, ParameterError
@@ -96,3 +97,8 @@ def test_number_theory():
     q = nearest_prime(2.0**40, 2048, set())
     root = primitive_root_of_unity(2048, q)
     assert pow(root, 1024, q) == q - 1
+
+
+def test_the_native_engine_refuses_more_digits_than_it_adds_exactly():
+    with pytest.raises(ParameterError, match="more than the 10 digits"):
+        Context(toy_parameters(levels=10, special_count=1))
