@@ -20,7 +20,7 @@ from hf_he.finetuning.arguments import EncryptedTrainingArguments
 class FinetuneRecipe:
     """`model`: a folder, or the name of one in model_cards, of whose config.approximations those in `approximations` replace what they
     name (an interval, a degree); `eval_rows` of the dev half (null: all) are scored before and after, in polynomial mode. Runs of at most
-    `short_runs["steps"]` steps take the other entries of `short_runs` in place of those of `arguments`: a warm-up that a whole epoch does not need."""
+    `short_runs["steps"]` steps take the other entries of `short_runs` in place of those of `arguments`: a smaller learning rate, a warm-up."""
 
     model: str = "he-bert-tiny-mr"
     task: str = "mr"

@@ -45,7 +45,7 @@ def finetune(
     loss_location: Annotated[
         Location | None, typer.Option(help="client: one round trip per micro-batch. Default: the recipe's, server.", rich_help_panel=ENCRYPTION)
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the schedule; 0.1 epochs or so without it.")] = SHORT_RUN_STEPS,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the schedule; for a few, the recipe may have a rate of its own.")] = SHORT_RUN_STEPS,
     epochs: Annotated[float | None, typer.Option(min=0.0001, help="Train so many epochs instead of --max-steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
