@@ -65,6 +65,7 @@ Features = Annotated[
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of a PEFT adapter for the decoder.")]
 Context = Annotated[int, typer.Option("--context", min=2, help="Tokens side by side in a ciphertext, a power of two: the longest prompt.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens of prompt and text together. Default: --context.")]
+Flooding = Annotated[float, typer.Option("--flooding", min=0, help="Deviation of noise added to the logits, for output that others may see (SECURITY.md).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -140,10 +141,11 @@ def infer(
     refresh: Refresh = "client",
     device: Device = None,
     json_output: Json = False,
+    flooding: Flooding = 0.0,
 ) -> None:
     """Run an encrypted file through a server, answering its refresh requests."""
     _place(device)
-    _load("files").infer(encrypted, model, keys, out, server, refresh, json_output)
+    _load("files").infer(encrypted, model, keys, out, server, refresh, json_output, flooding)
 
 
 @app.command(rich_help_panel=CLASSIFY)
@@ -152,9 +154,21 @@ def decrypt(
     model: Model = None,
     keys: Keys = Path("keys"),
     json_output: Json = False,
+    flooding: Flooding = 0.0,
 ) -> None:
     """Decrypt a result and show the predictions."""
-    _load("files").decrypt(result, model, keys, json_output)
+    _load("files").decrypt(result, model, keys, json_output, flooding)
+
+
+@app.command()
+def publish(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter that `hf-he finetune --encrypted` decrypted.")],
+    out: Annotated[Path, typer.Option(help="Folder for the copy that may be shown to others.")],
+    precision: Annotated[float, typer.Option(min=1e-9, max=1, help="Deviation of the noise, relative to the root mean square of each matrix.")] = 0.01,
+    error: Annotated[float | None, typer.Option(min=1e-300, help="Bound of the values' errors: prints how much of them the copy shows.")] = None,
+) -> None:
+    """Copy an adapter with noise that hides what its decryption shows of the secret key (SECURITY.md)."""
+    _load("publish").publish(adapter, out, precision, error)
 
 
 @app.command(rich_help_panel=CLASSIFY)

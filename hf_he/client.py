@@ -23,6 +23,7 @@ from hf_he.backends import HEBackend, get_backend
 from hf_he.checkpoints import load_classifier, model_fingerprint
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
+from hf_he.flooding import flood
 from hf_he.handlers.attention import mask_power
 from hf_he.keys import Keys
 from hf_he.packing import Packing, pack_attention_mask, pack_embeddings, unpack_logits
@@ -218,8 +219,11 @@ class Client:
         messages = -(-packing.blocks(config.hidden_size) // LARGEST_REFRESH)
         return Refresher(self.backend, self._keys, MAX_REFRESHES_PER_BATCH * batches * messages, widest_batch(config, packing))
 
-    def decrypt(self, result: EncryptedResult, sentences: Sequence[Sentence]) -> list[Sentence]:
-        """The sentences with their decrypted logits; refused ones pass through. Raises the typed errors of a result that does not fit."""
+    def decrypt(self, result: EncryptedResult, sentences: Sequence[Sentence], flooding: float = 0.0) -> list[Sentence]:
+        """The sentences with their decrypted logits; refused ones pass through. Raises the typed errors of a result that does not fit.
+
+        With `flooding`, Gaussian noise of this deviation is added (hf_he.flooding): without it, logits are for this client's eyes only.
+        """
         result.identity.check(self.identity, "encrypted result")
         accepted = sum(sentence.refused is None for sentence in sentences)
         packing = self._packing_of(result)
@@ -235,7 +239,7 @@ class Client:
         logits = np.concatenate([unpack_logits(batch, packing, self.model.config.num_labels) for batch in slots])
         if not np.isfinite(logits).all():
             raise CorruptFileError("the result decrypts to numbers that are not finite (its scale is wrong): run the inference again")
-        rows = iter(logits)
+        rows = iter(flood(logits, flooding) if flooding else logits)
         return [s if s.refused is not None else s.with_logits(next(rows)) for s in sentences]
 
     def infer(self, server: InferenceServer, texts: Sequence[str], labels: Sequence[int] | None = None, progress: Progress | None = None) -> InferenceResult:

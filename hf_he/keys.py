@@ -6,15 +6,16 @@ A key folder holds `secret.key` (mode 0600), `public.key`, `evaluation.keys` and
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
-from hf_he.backends.keys import refuse_secret_key
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
+from hf_he.secret_key import refuse_secret_key
 from hf_he.serialization import map_file, peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
@@ -138,9 +139,13 @@ class Keys:
 
     @classmethod
     def load(cls, folder: str | Path, with_evaluation: bool = False) -> Keys:
-        """The client's half of a key folder; with_evaluation=True reads the (large) evaluation keys too."""
+        """The client's half of a key folder; with_evaluation=True reads the (large) evaluation keys too. Warns when others may read the secret key."""
         folder = Path(folder)
         data = read_file(folder / SECRET_FILE, "secret-key")
+        if (mode := (folder / SECRET_FILE).stat().st_mode & 0o777) & 0o077:
+            warnings.warn(
+                f"{folder / SECRET_FILE} has mode {mode:04o}, so other users of this machine may have read it: chmod 600 it, or make new keys", stacklevel=2
+            )
         kind, name, parameters = describe_key_file(data)
         if kind != "secret_key":
             raise CorruptFileError(f"{folder / SECRET_FILE} holds no secret key: make a new key folder with `hf-he keygen`")

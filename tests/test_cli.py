@@ -14,7 +14,7 @@ from hf_he.ckks.parameters import PARAMETER_SETS
 from hf_he.cli import app, main
 from hf_he.scripts import demo
 
-COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "plan", "env", "train", "convert", "evaluate", "finetune", "bench")
+COMMANDS = ("demo", "keygen", "encrypt", "infer", "decrypt", "serve", "publish", "plan", "env", "train", "convert", "evaluate", "finetune", "bench")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,6 +58,8 @@ def test_file_commands(model, text, tmp_path):
     keys, encrypted = tmp_path / "keys", tmp_path / "batch.enc"
     run("keygen", "--model", model, "--out", keys, "--backend", "simulator")
     assert sorted(path.name for path in keys.iterdir()) == ["evaluation.keys", "public.key", "secret.key"]
+    with pytest.raises(errors.ParameterError, match="holds a secret key already"):
+        run("keygen", "--model", model, "--out", keys, "--backend", "simulator")
     run("encrypt", text, "--model", model, "--keys", keys, "--out", encrypted)
     assert not any(word.encode() in encrypted.read_bytes() for word in ("film", "acting"))
 

@@ -39,6 +39,13 @@ class TestSecretKeys:
         keys = Keys.load(key_folder, with_evaluation=True)
         assert keys.evaluation.key_id == keys.key_id
 
+    def test_a_secret_key_that_others_can_read_is_reported(self, key_folder, tmp_path):
+        for name in ("secret.key", "public.key"):
+            (tmp_path / name).write_bytes((key_folder / name).read_bytes())
+        (tmp_path / "secret.key").chmod(0o640)
+        with pytest.warns(UserWarning, match="mode 0640.*chmod 600"):
+            Keys.load(tmp_path)
+
     def test_mixed_key_folders_are_refused(self, model, key_folder, tmp_path):
         keyed_client(model).keys.save(tmp_path)
         (tmp_path / "public.key").write_bytes((key_folder / "public.key").read_bytes())

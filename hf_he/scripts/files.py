@@ -50,6 +50,8 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
     """Write secret.key, public.key and evaluation.keys into `out`; `generation`: the options of a GenerationClient, for a decoder."""
     parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else backend_class(backend).default_parameters)
     parameter_set(parameters)
+    if (out / SECRET_FILE).exists():
+        raise ParameterError(f"{out} holds a secret key already, and what was encrypted under it would be lost: choose another --out, or move it away")
     if generation is None:
         client = Client.from_pretrained(model or default_model(), backend=backend, parameters=parameters)
     else:
@@ -85,7 +87,9 @@ def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int
     console.print(f"{accepted} sentences in {batch.batches} ciphertext batches: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
-def infer(encrypted: Path, model: Path | None, keys: Path, out: Path | None, server: str | None, refresh: str, json_output: bool) -> None:
+def infer(
+    encrypted: Path, model: Path | None, keys: Path, out: Path | None, server: str | None, refresh: str, json_output: bool, flooding: float = 0.0
+) -> None:
     """Run an encrypted file on a server, answering its refresh requests with the secret key in `keys`."""
     client = Client.from_pretrained(model or default_model(), keys=keys)
     data = read_file(encrypted, "encrypted-batch")
@@ -104,14 +108,14 @@ def infer(encrypted: Path, model: Path | None, keys: Path, out: Path | None, ser
     if not json_output:
         console.print(f"{result.batches} batches in {report['seconds']:.1f} s, {report['refreshes']} refreshes: {target}; read it with `hf-he decrypt`")
         return
-    print_json(_decrypt(client, keys, result).to_json())
+    print_json(_decrypt(client, keys, result, flooding).to_json())
 
 
-def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool) -> None:
-    """Decrypt a result file and show its predictions."""
+def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool, flooding: float = 0.0) -> None:
+    """Decrypt a result file and show its predictions; `flooding` as in Client.decrypt."""
     client = Client.from_pretrained(model or default_model(), keys=keys)
     answer = EncryptedResult.from_bytes(read_file(result, "encrypted-result"))
-    found = _decrypt(client, keys, answer)
+    found = _decrypt(client, keys, answer, flooding)
     data = found.to_json()
     if json_output:
         print_json(data)
@@ -152,6 +156,10 @@ def serve(
         else:
             what = "serving" if finetune is None else "training"
             console.print(f"{what} {server.identity.model} for key {server.identity.key_id} at {url} ({server.backend.name} backend); Ctrl-C stops")
+            if host not in ("127.0.0.1", "localhost"):
+                notice(
+                    f"{host} is reachable from other machines, without encryption of the transport or a log-in: put a proxy with both in front (SECURITY.md)"
+                )
 
     def notice(text: str) -> None:
         say(f"[yellow]notice:[/] {text}")
@@ -235,11 +243,11 @@ class Notes:
             raise CorruptFileError(f"{path} is not readable: encrypt the sentences again") from None
 
 
-def _decrypt(client: Client, keys: Path, result: EncryptedResult) -> InferenceResult:
+def _decrypt(client: Client, keys: Path, result: EncryptedResult, flooding: float) -> InferenceResult:
     result.identity.check(client.identity, "encrypted result")
     notes = Notes.load(keys, result.batch_id)
     start = time.perf_counter()
-    sentences = client.decrypt(result, notes.sentences)
+    sentences = client.decrypt(result, notes.sentences, flooding)
     seconds = notes.seconds | {"decrypt": time.perf_counter() - start}
     sizes = notes.sizes | {"ciphertext_out": len(result.logits)}
     evaluation = keys / EVALUATION_FILE
