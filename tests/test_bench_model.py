@@ -70,3 +70,27 @@ def test_what_cannot_run_says_so():
 def test_the_shipped_shape_runs_on_parameters_that_the_backend_has(backend, parameters):
     assert whole.workload("shipped", 1, backend=backend).parameters == parameter_set(parameters)
     assert whole.workload("shipped", 1, parameters="n13", backend=backend).parameters == parameter_set("n13")
+
+
+def test_a_card_is_waited_for_and_its_memory_counted(monkeypatch):
+    """Seconds by operation come from a batch of their own; memory that others took before does not count."""
+    waits, taken = [], [3 * 10**9]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 10**9 - taken[0], 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: taken.append(device))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2 * 10**9)
+    card = whole.Card("cuda:1")
+    card.begin_peak_period()
+    assert card.peak_gb() == 2.0 and taken.pop() == "cuda:1"
+    taken[0] = 11 * 10**9
+    assert card.peak_gb() == 8.0
+    cpu = whole.Card("cpu")
+    cpu.synchronise()
+    assert cpu.peak_gb() is None and not waits
+    monkeypatch.setattr(whole, "Card", lambda device: card)
+    work = whole.workload("shipped", 3)
+    row = whole.measure(work, "simulator", "cpu", lambda text: None)
+    assert row["peak_gpu_gb"] == 8.0 and {"linear", "attention", "norm"} <= set(row["by_op"]) and min(row["by_op"].values()) > 0
+    assert len(waits) > 100 and set(waits) == {"cuda:1"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ class OperationLog:
     """Counts and wall-clock seconds per (scope, primitive), and the ordered trace of levels."""
 
     def __init__(self) -> None:
+        self.synchronise: Callable[[], None] | None = None
+        """Called after each primitive, where its work goes on beside this program: times are then its own, and the whole takes longer."""
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +74,8 @@ class OperationLog:
     def primitive(self, name: str, level: int, count: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self.synchronise is not None:
+            self.synchronise()
         key = (self.scope, name)
         self.counts[key] += count
         self.seconds[key] += time.perf_counter() - start

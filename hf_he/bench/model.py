@@ -132,7 +132,8 @@ def priced(work: Workload) -> dict[str, Any]:
 
 
 def measure(work: Workload, backend_name: str, device: str, announce: Announce) -> dict[str, Any]:
-    """The workload, one packed batch after another."""
+    """The workload, one packed batch after another. On a card, seconds by operation are of one more batch, with a wait for the card after each primitive."""
+    card = Card(device)
     backend = get_backend(backend_name, work.parameters, device)
     counting, levels = _counted(work)
     bootstrapping = backend.capabilities()["bootstrap"]
@@ -150,13 +151,14 @@ def measure(work: Workload, backend_name: str, device: str, announce: Announce) 
         rows = slice(index * work.packing.sequences, (index + 1) * work.packing.sequences)
         state = backend.encrypt(pack_embeddings(work.embeddings[rows], work.packing), secret)
         mask = backend.encrypt(pack_attention_mask(work.mask[rows], work.packing, mask_power(work.model)), secret)
-        _synchronise(device)
+        card.synchronise()
         start = time.perf_counter()
         _forward(session, work, state, mask)
-        _synchronise(device)
+        card.synchronise()
         return time.perf_counter() - start
 
     announce("a batch that is not timed: weights are encoded, kernels compiled")
+    card.begin_peak_period()
     run(0)
     backend.log.reset()
     begin_peak_period()
@@ -165,7 +167,14 @@ def measure(work: Workload, backend_name: str, device: str, announce: Announce) 
         announce(f"batch {index + 1} of {work.packed_batches}")
         seconds += run(index)
     log = backend.log
-    return _row(work, backend.name, device, seconds, log.by_op(), log.operations().get("bootstrap", 0), peak_memory_bytes() / 1e9, _peak_gpu_gb(device))
+    bootstraps, memory, gpu = log.operations().get("bootstrap", 0), peak_memory_bytes() / 1e9, card.peak_gb()
+    if card.there:
+        announce("a batch for the seconds by operation")
+        log.reset()
+        log.synchronise = card.synchronise
+        run(0)
+    by_op = {name: value * (work.packed_batches if card.there else 1) for name, value in log.by_op().items()}
+    return _row(work, backend.name, device, seconds, by_op, bootstraps, memory, gpu)
 
 
 def _counted(work: Workload) -> tuple[CountingSession, dict[str, Levels]]:
@@ -225,17 +234,33 @@ def versions(backend: str, device: str) -> dict[str, str | None]:
     return found
 
 
-def _synchronise(device: str) -> None:
-    if device != "cpu" and torch.cuda.is_available():
-        torch.cuda.synchronize(device)
+class Card:
+    """The CUDA device of a measurement; on a CPU nothing to wait for and no memory."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.there = device != "cpu" and torch.cuda.is_available()
+        self._taken_before = self._taken() if self.there else 0
 
-def _peak_gpu_gb(device: str) -> float | None:
-    """What torch reserved at most, or what is taken on the card now if that is more: libraries beside torch keep their own memory."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return max(torch.cuda.max_memory_reserved(device), total - free) / 1e9
+    def _taken(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def synchronise(self) -> None:
+        if self.there:
+            torch.cuda.synchronize(self.device)
+
+    def begin_peak_period(self) -> None:
+        if self.there:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gb(self) -> float | None:
+        """What torch reserved at most since `begin_peak_period`, or what the card holds now beyond what it held before the backend was made, if that is
+        more: libraries beside torch keep their own memory."""
+        if not self.there:
+            return None
+        return max(torch.cuda.max_memory_reserved(self.device), self._taken() - self._taken_before) / 1e9
 
 
 def table(row: dict[str, Any]) -> list[tuple[str, str]]:
