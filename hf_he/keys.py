@@ -16,7 +16,7 @@ from hf_he.backends import EvaluationKeys, HEBackend, SecretKeyBase, get_backend
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, CorruptFileError, HEError, ParameterError, SecretKeyOnServerError, WrongKeyError
 from hf_he.secret_key import refuse_secret_key
-from hf_he.serialization import map_file, peek, read_file, unpack, write_file
+from hf_he.serialization import map_file, named, peek, read_file, unpack, write_file
 
 SECRET_FILE, PUBLIC_FILE, EVALUATION_FILE = "secret.key", "public.key", "evaluation.keys"
 BOOTSTRAPPING_FOLDER = "bootstrapping"
@@ -146,7 +146,8 @@ class Keys:
             warnings.warn(
                 f"{folder / SECRET_FILE} has mode {mode:04o}, so other users of this machine may have read it: chmod 600 it, or make new keys", stacklevel=2
             )
-        kind, name, parameters = describe_key_file(data)
+        with named(folder / SECRET_FILE):
+            kind, name, parameters = describe_key_file(data)
         if kind != "secret_key":
             raise CorruptFileError(f"{folder / SECRET_FILE} holds no secret key: make a new key folder with `hf-he keygen`")
         backend = get_backend(name, parameters)

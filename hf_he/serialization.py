@@ -9,13 +9,15 @@ Residues modulo a prime of b bits take ceil(b / 8) bytes each (`pack_residues`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,10 @@ _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _SHOWN_CHARACTERS = 60
 _AGAIN = "copy or download the file again, or write it again with the command that made it"
+_WRITTEN_BY = {
+    "secret-key": "keygen", "public-key": "keygen", "evaluation-key": "keygen", "bootstrapping-key": "keygen --bootstrapping", "encrypted-batch": "encrypt",
+    "encrypted-result": "infer", "run": "finetune --encrypted", "encrypted-adapter": "finetune --encrypted --task lm",
+}  # fmt: skip
 
 
 def pack(kind: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -180,12 +186,31 @@ def write_file(path: str | Path, data: bytes, *, secret: bool = False, mapped: b
         raise
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError that `write_file` would end with, before the work whose result it is to hold; creates the folder, not the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def read_file(path: str | Path, what: str) -> bytes:
     """The bytes of a file; a missing or unreadable one is a CorruptFileError saying which command writes it."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise CorruptFileError(f"cannot read the {what} file {path}: {error.strerror}") from None
+        raise CorruptFileError(_unreadable(path, what, error)) from None
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Errors about the contents of a file, which know bytes only, begin with its name."""
+    try:
+        yield
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path}: {error}") from None
 
 
 def map_file(path: str | Path, what: str) -> memoryview:
@@ -198,7 +223,12 @@ def map_file(path: str | Path, what: str) -> memoryview:
             size = os.fstat(file.fileno()).st_size
             return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
     except (OSError, ValueError) as error:
-        raise CorruptFileError(f"cannot read the {what} file {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise CorruptFileError(_unreadable(path, what, error)) from None
+
+
+def _unreadable(path: str | Path, what: str, error: Exception) -> str:
+    command = _WRITTEN_BY.get(what)
+    return f"cannot read the {what} file {path}: {getattr(error, 'strerror', None) or error}" + (f"; `hf-he {command}` writes it" if command else "")
 
 
 def _sync_folder(folder: Path) -> None:

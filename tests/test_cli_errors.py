@@ -75,3 +75,13 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_a_source_that_is_no_model_is_refused_by_name(tmp_path):
+    result = invoke("convert", tmp_path / "none", "--out", tmp_path / "out")
+    assert isinstance(result.exception, errors.DataError) and "neither a folder with a saved BERT" in str(result.exception)
+
+
+def test_an_empty_prompt_is_refused_before_anything_else():
+    result = invoke("generate", "--prompt", "", "--backend", "simulator")
+    assert isinstance(result.exception, errors.DataError) and "the prompt is empty" in str(result.exception)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as load_safetensors
 
 from hf_he.errors import CorruptFileError, ParameterError
-from hf_he.serialization import pack, pack_residues, peek, read_file, unpack, unpack_residues, write_file
+from hf_he.serialization import check_writable, named, pack, pack_residues, peek, read_file, unpack, unpack_residues, write_file
 
 ARRAYS = {
     "bytes": np.arange(7, dtype=np.uint8),
@@ -136,3 +136,19 @@ def test_files_are_written_atomically_and_secrets_are_private(tmp_path):
     assert read_file(tmp_path / "public.key", "public key") == b"2"
     with pytest.raises(CorruptFileError, match="cannot read the public key file"):
         read_file(tmp_path / "none", "public key")
+
+
+def test_messages_name_the_file_and_the_command_that_writes_it(tmp_path):
+    with pytest.raises(CorruptFileError, match=r"nowhere/secret\.key: No such file or directory; `hf-he keygen` writes it"):
+        read_file("nowhere/secret.key", "secret-key")
+    with pytest.raises(CorruptFileError, match=r"a\.enc: 3 bytes are too few"), named(tmp_path / "a.enc"):
+        peek(b"abc")
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "a.enc")
+    assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "a.enc").exists()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.enc", tmp_path):
+        with pytest.raises(OSError):
+            check_writable(path)

@@ -33,7 +33,7 @@ from hf_he.scripts.display import (
 )
 from hf_he.scripts.files import read_sentences
 from hf_he.scripts.kernels import prepare_kernels
-from hf_he.serialization import write_file
+from hf_he.serialization import check_writable, write_file
 
 REQUIRED_AGREEMENT = 0.99
 
@@ -124,6 +124,8 @@ def demo(
     """Run and print the demo; False when encrypted and plaintext predictions agree on less than 99 %."""
     texts, labels = choose_sentences(num_sentences or default_number(backend), seed, text)
     parameters, refresh = choose_policy(backend, parameters, refresh)
+    if trace is not None:
+        check_writable(trace)
     result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace, features)
     data: dict[str, Any] = result.to_json()
     if json_output:

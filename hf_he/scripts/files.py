@@ -40,7 +40,7 @@ from hf_he.scripts.display import (
     server_progress,
 )
 from hf_he.scripts.kernels import prepare_kernels
-from hf_he.serialization import read_file, write_file
+from hf_he.serialization import check_writable, named, read_file, write_file
 
 IDLE_SECONDS = 30 * 86400.0
 """How long the ranks of a sharded server wait for the next batch."""
@@ -50,6 +50,8 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
     """Write secret.key, public.key and evaluation.keys into `out`; `generation`: the options of a GenerationClient, for a decoder."""
     parameters = parameters or (BOOTSTRAPPING_PARAMETERS if bootstrapping else backend_class(backend).default_parameters)
     parameter_set(parameters)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_writable(out / SECRET_FILE)
     if (out / SECRET_FILE).exists():
         raise ParameterError(f"{out} holds a secret key already, and what was encrypted under it would be lost: choose another --out, or move it away")
     if generation is None:
@@ -74,6 +76,7 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
 def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int | None = None) -> None:
     """Encrypt a text file, one sentence per line."""
     client = Client.from_pretrained(model or default_model(), keys=keys, features=features)
+    check_writable(out)
     sentences = client.prepare(read_sentences(text))
     print_notices(sentences, SEQUENCE_LENGTH)
     start = time.perf_counter()
@@ -92,8 +95,10 @@ def infer(
 ) -> None:
     """Run an encrypted file on a server, answering its refresh requests with the secret key in `keys`."""
     client = Client.from_pretrained(model or default_model(), keys=keys)
-    data = read_file(encrypted, "encrypted-batch")
-    batch = EncryptedBatch.from_bytes(data)
+    data, target = read_file(encrypted, "encrypted-batch"), out or encrypted.with_suffix(".result")
+    check_writable(target)
+    with named(encrypted):
+        batch = EncryptedBatch.from_bytes(data)
     with ExitStack() as stack:
         if server is None:
             say("Starting a server process")
@@ -102,7 +107,6 @@ def infer(
             remote = stack.enter_context(connect(server))
         progress = stack.enter_context(progress_bar("Running the model on ciphertexts"))
         result = client.run(remote, batch, data, server_progress(progress))
-    target = out or encrypted.with_suffix(".result")
     write_file(target, result.to_bytes())
     report = result.report
     if not json_output:
@@ -114,7 +118,9 @@ def infer(
 def decrypt(result: Path, model: Path | None, keys: Path, json_output: bool, flooding: float = 0.0) -> None:
     """Decrypt a result file and show its predictions; `flooding` as in Client.decrypt."""
     client = Client.from_pretrained(model or default_model(), keys=keys)
-    answer = EncryptedResult.from_bytes(read_file(result, "encrypted-result"))
+    data = read_file(result, "encrypted-result")
+    with named(result):
+        answer = EncryptedResult.from_bytes(data)
     found = _decrypt(client, keys, answer, flooding)
     data = found.to_json()
     if json_output:

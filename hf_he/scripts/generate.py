@@ -55,10 +55,10 @@ def generate(
             raise ParameterError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     directory = model or default_decoder(kernel)
     tokenizer = _tokenizer(directory)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     length = inputs["input_ids"].shape[1]
     if not 1 <= length <= context:
-        raise DataError(f"the prompt has {length} tokens, 1 to {context} fit: shorten it, or raise --context")
+        raise DataError(f"the prompt has {length} tokens, 1 to {context} fit: shorten it, or raise --context" if length else "the prompt is empty: give a word")
     parameters = parameters or (BOOTSTRAPPING_PARAMETERS if refresh == "bootstrap" else backend_class(backend).default_parameters)
     if encrypt_adapter and adapter is None:
         raise ParameterError("--encrypt-adapter needs --adapter, the folder of a PEFT adapter")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoConfig
 
-from hf_he.errors import UnsupportedModelError
+from hf_he.errors import DataError, UnsupportedModelError
 from hf_he.models import HEBertForSequenceClassification, convert_bert
 from hf_he.nn import LayerRange
 from hf_he.training.range_penalty import Degrees, calibrate
@@ -18,9 +18,12 @@ def convert_checkpoint(source: str | Path, attention_kernel: str = "gaussian_ker
     """A stock BERT checkpoint as HEBert sequence classifier in exact mode, weights copied by name.
 
     A classifier keeps its head. Of any other BERT the encoder is taken, and pooler (unless it has one) and classifier start random with
-    `num_labels` outputs. Raises UnsupportedModelError for anything but an encoder-only BERT.
+    `num_labels` outputs. Raises UnsupportedModelError for anything but an encoder-only BERT, DataError when there is no model.
     """
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source} is neither a folder with a saved BERT nor a model that the Hub gives here ({type(error).__name__})") from None
     if "BertForSequenceClassification" in (config.architectures or []):
         if num_labels not in (None, config.num_labels):
             raise UnsupportedModelError(f"{source} has a head of {config.num_labels} labels: leave num_labels out, or convert its encoder.")

@@ -101,7 +101,10 @@ def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: give a recipe such as recipes/he_bert_tiny/config.yaml.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise DataError(f"{path} is not YAML: give a recipe such as recipes/he_bert_tiny/config.yaml.") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected keys and values, got {values!r}.")
     return values

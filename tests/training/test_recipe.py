@@ -47,5 +47,8 @@ def test_mistakes_are_named(text, message, tmp_path):
 
 
 def test_missing_recipe(tmp_path):
+    (tmp_path / "no.yaml").write_text("[a]\nb = 1\n")
+    with pytest.raises(DataError, match=r"no\.yaml is not YAML: give a recipe"):
+        load_recipe(tmp_path / "no.yaml")
     with pytest.raises(DataError, match="does not exist: give a recipe"):
         load_recipe(tmp_path / "none.yaml")
