@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from hf_he.backends import HEBackend, get_backend
+from hf_he.backends import Ciphertext, HEBackend, get_backend
 from hf_he.checkpoints import load_classifier, model_fingerprint
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
@@ -73,10 +73,13 @@ class Refresher:
         ciphertext = self._backend.deserialize(data, "ciphertext")
         if not 1 <= ciphertext.count <= self._widest:
             raise RefreshError(f"the server asked to refresh {ciphertext.count} ciphertexts at once, this model needs at most {self._widest}: do not trust it")
+        return self._backend.serialize(self._backend.encrypt(self.decrypted(ciphertext), self._keys.secret))
+
+    def decrypted(self, ciphertext: Ciphertext) -> np.ndarray:
+        """The values of a ciphertext that the server chose, those beyond `bound` clipped and reported by `check`."""
         values = self._backend.decrypt(ciphertext, self._keys.secret)
         self.clipped += not (np.abs(values) <= self.bound).all()
-        values = np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound)
-        return self._backend.serialize(self._backend.encrypt(values, self._keys.secret))
+        return np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound)
 
     def check(self) -> None:
         """Raise RangeError when a value had to be clipped."""

@@ -280,7 +280,7 @@ class Answers:
         ciphertext = training.backend.deserialize(question.ciphertext, "ciphertext")
         if ciphertext.batch_shape != shape:
             raise RefreshError(f"the server asked about a batch of {ciphertext.batch_shape}, {shape} was expected: do not trust it, or report a bug")
-        values = np.nan_to_num(training.backend.decrypt(ciphertext, training.client.keys.secret), nan=0.0, posinf=0.0, neginf=0.0)
+        values = self._refresher.decrypted(ciphertext)
         answer = self._loss(values, question.batch) if question.about == LOSS else training.updated(self._step, values)
         return training.backend.serialize(training.backend.encrypt(answer, training.client.keys.secret))
 
@@ -291,7 +291,7 @@ class Answers:
         return training.on_first_tokens(training.loss_gradient(logits, [self._labels[row] for row in rows]))
 
     def check(self) -> None:
-        """Raise RangeError when a refreshed value had to be clipped."""
+        """Raise RangeError when a value had to be clipped."""
         self._refresher.check()
 
 

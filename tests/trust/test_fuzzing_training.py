@@ -9,10 +9,20 @@ from mutation import NUMBERS, Outcomes, damaged, generator, json_value, sealed
 from tiny_model import SENTENCES, save_tiny_model
 
 from hf_he.client import Client
-from hf_he.errors import SecretKeyOnServerError
+from hf_he.errors import RangeError, SecretKeyOnServerError
 from hf_he.finetuning.checkpoint import Checkpoint
 from hf_he.finetuning.client import TrainingClient
-from hf_he.finetuning.protocol import AdapterRequest, EncryptedAdapterMessage, Question, RunId, StepResult, TrainingSettings, TrainingSetup, TrainingStep
+from hf_he.finetuning.protocol import (
+    LOSS,
+    AdapterRequest,
+    EncryptedAdapterMessage,
+    Question,
+    RunId,
+    StepResult,
+    TrainingSettings,
+    TrainingSetup,
+    TrainingStep,
+)
 from hf_he.finetuning.server import FinetuneServer
 
 LABELS = [1, 0, 1, 0, 1]
@@ -161,6 +171,20 @@ def test_results_and_adapters_are_checked_before_they_are_believed(training, ser
         with outcomes.expect(f"adapter {how}"):
             _, state = training.read_adapter(replace(adapter, weights=inner).to_bytes())
             assert all(values.isfinite().all() for values in state.values())
+
+
+def test_logits_of_any_size_are_answered_by_one_path_and_reported_at_the_end(training, server, step):
+    """As refresh requests are, whatever the server encrypts."""
+    backend, secret, sizes = training.backend, training.client.keys.secret, set()
+    for value in (0.01, 1e9):
+        answers = training.answers(1, step.rows, LABELS)
+        chosen = backend.serialize(backend.encrypt(np.full((training.loss_blocks, backend.parameters.slots), value), secret))
+        answer = answers(Question(LOSS, 1, 0, chosen).to_bytes())
+        assert np.abs(backend.decrypt(backend.deserialize(answer, "ciphertext"), secret)).max() < 1.1
+        sizes.add(len(answer))
+    assert len(sizes) == 1
+    with pytest.raises(RangeError, match="do not trust the server"):
+        answers.check()
 
 
 def test_no_secret_key_reaches_a_training_server(training, server, tmp_path):
