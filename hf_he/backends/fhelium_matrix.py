@@ -13,8 +13,8 @@ MOST_PIECES = 4
 
 
 def residue_products(weights: np.ndarray, residues: torch.Tensor, moduli: torch.Tensor) -> torch.Tensor:
-    """weights [out, in], below 2^25 in magnitude, times residues [in, components, ..., limbs, N], below 2^50: [out, components, ..., limbs, N] modulo
-    `moduli` [limbs], in memory with the component first.
+    """weights [out, in], below 2^25 in magnitude, times residues [in, components, ..., limbs, N] modulo `moduli` [limbs], below 2^50:
+    [out, components, ..., limbs, N], in memory with the component first. FHElium leaves residues up to twice the modulus; they are reduced here.
 
     Residues are split into the fewest pieces whose sums are exact, one product each: 2 for up to 8 terms with weights of 25 bits, 3 up to 2,048, 4 up to
     32,768 (more terms are summed in turns). One limb after another: what is needed meanwhile is some limbs' worth.
@@ -27,7 +27,7 @@ def residue_products(weights: np.ndarray, residues: torch.Tensor, moduli: torch.
     width = _width(pieces)
     turn = 1 << (EXACT_BITS - width - weight_bits)
     for limb, modulus in enumerate(moduli.unbind()):
-        rows = residues[..., limb, :].reshape(terms, -1)
+        rows = residues[..., limb, :].reshape(terms, -1).remainder(modulus)
         parts = [_product(matrix[:, first : first + turn], rows[first : first + turn], modulus, pieces) for first in range(0, terms, turn)]
         result[..., limb, :] = sum(parts[1:], parts[0]).remainder_(modulus).view(outputs, *residues.shape[1:-2], -1)
     return result

@@ -19,12 +19,12 @@ CARD = torch.device("meta")
 @pytest.mark.parametrize("bits", [1, 16, 24, 25])
 @pytest.mark.parametrize("terms", [1, 17, 300, 2100])
 def test_matrix_products_are_exact(bits, terms, most_pieces, monkeypatch):
-    """With the largest residues and weights: split into two, three and four pieces, and more terms than one float64 sum holds."""
+    """With the largest residues (FHElium leaves up to 2 q) and weights: split into two, three and four pieces, and more terms than a float64 sum holds."""
     monkeypatch.setattr(fhelium_matrix, "MOST_PIECES", most_pieces)
     moduli = parameter_set("n16-bootstrap").moduli[:3]
     generator = np.random.default_rng(bits)
-    residues = np.stack([generator.integers(0, q, (terms, 2, 5)) for q in moduli], axis=2)
-    residues[: terms // 2 + 1] = np.array(moduli)[:, None] - 1
+    residues = np.stack([generator.integers(0, 2 * q, (terms, 2, 5)) for q in moduli], axis=2)
+    residues[: terms // 2 + 1] = 2 * np.array(moduli)[:, None] - 1
     weights = generator.integers(-(2**bits) + 1, 2**bits, (4, terms))
     weights[0], weights[1] = 2**bits - 1, 1 - 2**bits
     found = residue_products(weights, torch.from_numpy(residues), torch.tensor(moduli))
