@@ -160,7 +160,7 @@ def decrypt(
     _load("files").decrypt(result, model, keys, json_output, flooding)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def publish(
     adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter that `hf-he finetune --encrypted` decrypted.")],
     out: Annotated[Path, typer.Option(help="Folder for the copy that may be shown to others.")],

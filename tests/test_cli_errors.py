@@ -1,11 +1,14 @@
 """Wrong input to the command line: one line that names the fix, no traceback, and an exit status that scripts can use."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from hf_he import __version__, cli, errors
+from hf_he.scripts import demo
+from hf_he.scripts.display import data_size
 
 
 def invoke(*arguments):
@@ -85,3 +88,14 @@ def test_a_source_that_is_no_model_is_refused_by_name(tmp_path):
 def test_an_empty_prompt_is_refused_before_anything_else():
     result = invoke("generate", "--prompt", "", "--backend", "simulator")
     assert isinstance(result.exception, errors.DataError) and "the prompt is empty" in str(result.exception)
+
+
+def test_sizes_are_shown_as_people_read_them():
+    assert [data_size(size) for size in (812, 3_140, 252_400_000, 999_600, 2_870_000_000)] == ["812 B", "3.14 kB", "252 MB", "1 MB", "2.87 GB"]
+
+
+@pytest.mark.parametrize(("gigabytes", "policy", "warned"), [(8, "bootstrap", True), (8, "client", False), (64, "bootstrap", False)])
+def test_the_demo_says_before_it_starts_when_memory_is_short(gigabytes, policy, warned, monkeypatch, capsys):
+    monkeypatch.setattr(demo.psutil, "virtual_memory", lambda: SimpleNamespace(available=gigabytes * 1e9))
+    demo._check_memory("auto", policy)
+    assert ("--refresh client 3 GB are enough" in capsys.readouterr().err) == warned

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hf_he.backends import HEBackend, backend_class, default_device
 from hf_he.checkpoints import default_model
 from hf_he.ckks.parameters import parameter_set
@@ -22,6 +24,7 @@ from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import InferenceResult
 from hf_he.scripts.display import (
     count_progress,
+    data_size,
     print_json,
     print_measurements,
     print_notices,
@@ -36,6 +39,8 @@ from hf_he.scripts.kernels import prepare_kernels
 from hf_he.serialization import check_writable, write_file
 
 REQUIRED_AGREEMENT = 0.99
+BOOTSTRAPPING_GB = 13.4
+"""What the native demo took with bootstrapping, both processes and mapped keys (recipes/inference)."""
 
 
 def default_number(backend: str) -> int:
@@ -85,7 +90,7 @@ def run_demo(
         seconds["keygen"] = time.perf_counter() - began
         setup_peak = begin_peak_period()
         server_keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
-        say(f"keys: {server_keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds['keygen']:.1f} s")
+        say(f"keys: {data_size(server_keys)} of evaluation keys for the server, in {seconds['keygen']:.1f} s")
 
         began = time.perf_counter()
         with local_server(model, Path(folder) / EVALUATION_FILE, refresh) as server:
@@ -126,6 +131,7 @@ def demo(
     parameters, refresh = choose_policy(backend, parameters, refresh)
     if trace is not None:
         check_writable(trace)
+    _check_memory(backend, refresh)
     result = run_demo(model or default_model(), backend, parameters, texts, labels, refresh, trace, features)
     data: dict[str, Any] = result.to_json()
     if json_output:
@@ -138,3 +144,9 @@ def demo(
     if not agrees:
         say(f"[red]encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences[/]")
     return agrees
+
+
+def _check_memory(backend: str, refresh: str) -> None:
+    available = psutil.virtual_memory().available / 1e9
+    if refresh == "bootstrap" and backend_class(backend).name == "native" and available < BOOTSTRAPPING_GB:
+        say(f"[yellow]notice:[/] {available:.1f} GB of memory are available, this takes up to {BOOTSTRAPPING_GB}: with --refresh client 3 GB are enough")

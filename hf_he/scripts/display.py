@@ -25,6 +25,15 @@ def say(text: str | Text) -> None:
     messages.print(text, soft_wrap=True, highlight=False)
 
 
+def data_size(size: float) -> str:
+    """Bytes as people read them: 812 B, 3.1 kB, 252 MB, 2.87 GB."""
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def print_json(data: Any) -> None:
     """JSON on stdout, unwrapped and uncoloured."""
     print(json.dumps(data, indent=2, allow_nan=False))
@@ -57,7 +66,7 @@ def server_progress(progress: Progress) -> Callable[[dict[str, Any]], None]:
     def update(event: dict[str, Any]) -> None:
         nonlocal per_batch
         if event.get("state") == "sending":
-            note = f"sending {event['bytes'] / 1e6:.0f} of {event['of_bytes'] / 1e6:.0f} MB"
+            note = f"sending {data_size(event['bytes'])} of {data_size(event['of_bytes'])}"
             progress.update(progress.task_ids[0], completed=event["bytes"], total=event["of_bytes"], note=note)
             return
         if event.get("state") != "running":
@@ -125,7 +134,7 @@ def print_measurements(data: dict[str, Any]) -> None:
             facts.add_row(f"{name.replace('_', ' ')} time", f"{seconds[name]:.2f} s")
     for name, size in data["bytes"].items():
         if size is not None:
-            facts.add_row(name.replace("_", " "), f"{size / 1e6:.1f} MB")
+            facts.add_row(name.replace("_", " "), data_size(size))
     facts.add_row("refreshes", f"{data['refreshes']}")
     memory = data["peak_memory_gb_by_process"]
     facts.add_row("peak memory", f"{data['peak_memory_gb']:.2f} GB (client {memory['client']:.2f}, server {memory['server']:.2f})")

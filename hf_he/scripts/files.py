@@ -30,6 +30,7 @@ from hf_he.results import InferenceResult, Sentence
 from hf_he.scripts.display import (
     console,
     count_progress,
+    data_size,
     print_json,
     print_measurements,
     print_notices,
@@ -70,7 +71,7 @@ def keygen(model: Path | None, out: Path, backend: str, parameters: str | None, 
     for name, size in sizes.items():
         for_server = name in (EVALUATION_FILE, BOOTSTRAPPING_FOLDER)
         note = "give it to the server" if for_server else "keep it private" if name == SECRET_FILE else "anyone may encrypt with it"
-        console.print(f"  {out / name}  {size / 1e6:.2f} MB  ({note})")
+        console.print(f"  {out / name}  {data_size(size)}  ({note})")
 
 
 def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int | None = None) -> None:
@@ -87,7 +88,7 @@ def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int
     notes.save(keys, batch.batch_id)
     accepted = sum(sentence.refused is None for sentence in sentences)
     say(f"packing: {client.choose(accepted).reason}")
-    console.print(f"{accepted} sentences in {batch.batches} ciphertext batches: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    console.print(f"{accepted} sentences in {batch.batches} ciphertext batches: {out} ({data_size(out.stat().st_size)})")
 
 
 def infer(

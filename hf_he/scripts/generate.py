@@ -25,7 +25,7 @@ from hf_he.generation.session import Generation
 from hf_he.keys import BOOTSTRAPPING_FOLDER, EVALUATION_FILE
 from hf_he.local_server import local_server
 from hf_he.peft import HELoraConfig
-from hf_he.scripts.display import console, count_progress, print_json, progress_bar, say
+from hf_he.scripts.display import console, count_progress, data_size, print_json, progress_bar, say
 from hf_he.scripts.kernels import prepare_kernels
 
 KERNELS = ("gaussian_kernel", "normalized_gaussian_kernel", "power_softmax")
@@ -72,7 +72,7 @@ def generate(
     with tempfile.TemporaryDirectory(prefix="hf-he-generate-") as folder:
         sizes, seconds = _write_keys(client, folder, refresh, lora_of(adapter) if encrypt_adapter else None)
         keys = sizes[EVALUATION_FILE] + sizes.get(BOOTSTRAPPING_FOLDER, 0)
-        say(f"keys: {keys / 1e6:.0f} MB of evaluation keys for the server, in {seconds:.1f} s")
+        say(f"keys: {data_size(keys)} of evaluation keys for the server, in {seconds:.1f} s")
         arguments = ["--generate", "--context", str(context), "--max-tokens", str(client.max_tokens)]
         if encrypt_adapter:
             adapter = client.encrypt_adapter(adapter, Path(folder) / "adapter").parent
@@ -165,8 +165,8 @@ def _print(data: dict[str, Any], generation: Generation, seconds: float) -> None
         names = ("rotate", "multiply", "multiply_plain", "rescale")
         table.add_row("operations per token", ", ".join(f"{data['operations_per_token'].get(name, 0):,.0f} {name}" for name in names))
     table.add_row("total", f"{seconds:.2f} s")
-    table.add_row("encrypted cache", f"{data['cache_bytes'] / 1e6:.2f} MB")
-    table.add_row("sent, received", f"{generation.sizes['sent'] / 1e6:.2f} MB, {generation.sizes['received'] / 1e6:.2f} MB")
+    table.add_row("encrypted cache", data_size(data["cache_bytes"]))
+    table.add_row("sent, received", f"{data_size(generation.sizes['sent'])}, {data_size(generation.sizes['received'])}")
     if data["max_logit_error"] is not None:
         table.add_row("largest logit error", f"{data['max_logit_error']:.1e}")
     console.print(table)
