@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fhelium style quality bench clean
+.PHONY: help install demo test install-fhelium test-fhelium style quality bench clean
 
 # FHElium needs Python 3.12 and a C++ compiler. FHELIUM_BACKENDS=CPU+CUDA takes nvcc of torch's CUDA version from CUDA_HOME or else from wheels;
 # CUDAARCHS=90, say, compiles for one architecture only.
@@ -64,6 +64,8 @@ endif
 	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
 		--force-reinstall --no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
 	@touch $@
+
+install-fhelium: $(FHELIUM_COMPILED)
 
 test-fhelium: $(FHELIUM_COMPILED)
 	@$(FHELIUM_VENV)/bin/python -m pytest -q tests/backends -k "fhelium or device" $(ARGS)

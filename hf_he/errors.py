@@ -68,6 +68,10 @@ class BackendUnavailableError(HEError, RuntimeError):
     """A backend or a capability of it is not available here; the message says why."""
 
 
+class DeviceMemoryError(HEError, RuntimeError):
+    """The memory of an accelerator does not suffice; the message says how much is free and what takes less."""
+
+
 class RefreshError(HEError):
     """A refresh (client round trip or bootstrap) could not be done."""
 

@@ -22,10 +22,11 @@ import torch
 from hf_he.backends import fhelium_files as files
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
 from hf_he.backends.fhelium_bootstrap import FheliumBootstrapping, FheliumBootstrappingKeys, KeyPart, secret_coefficients
-from hf_he.backends.fhelium_engine import choose_device, make_engine
+from hf_he.backends.fhelium_card import typed_card_errors
+from hf_he.backends.fhelium_engine import choose_device, make_engine, prepared
 from hf_he.backends.fhelium_keys import HOST, FheliumKeys, FheliumPublicKey, FheliumSecretKey, KeyResidency
 from hf_he.backends.fhelium_matrix import residue_products
-from hf_he.backends.keys import new_key_id, refuse_secret_key
+from hf_he.backends.keys import new_key_id
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import ParameterError, SecretKeyOnServerError
@@ -33,10 +34,12 @@ from hf_he.errors import ParameterError, SecretKeyOnServerError
 SUPPORTED_VERSION = "0.30"
 
 
+@typed_card_errors
 class FheliumBackend(HEBackend):
     """HEBackend on FHElium 0.30; `device` is "cpu" or a CUDA device (default: CUDA where torch finds one).
 
-    Payloads are int64 tensors [components, *batch, limbs, N]. Raises BackendUnavailableError for a device that torch does not have.
+    Payloads are int64 tensors [components, *batch, limbs, N]. Raises BackendUnavailableError for a device that torch does not have, and every method
+    DeviceMemoryError where the card is too small.
     """
 
     name = "fhelium"
@@ -44,6 +47,7 @@ class FheliumBackend(HEBackend):
     bootstraps = True
     default_refresh = "client"
     demo_sentences = 2
+    evaluation_key_type = FheliumKeys
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
@@ -57,7 +61,7 @@ class FheliumBackend(HEBackend):
     def availability(cls) -> tuple[bool, str]:
         if find_spec("fhelium") is None:
             wanted = "Python 3.12 or newer and " if sys.version_info < (3, 12) else ""
-            return False, f"FHElium is not installed: it needs {wanted}a C++ compiler, `make test-fhelium` builds an environment with it"
+            return False, f"FHElium is not installed: it needs {wanted}a C++ compiler, `make install-fhelium` builds an environment with it"
         try:
             found = version("fhelium")
         except PackageNotFoundError:
@@ -99,19 +103,11 @@ class FheliumBackend(HEBackend):
                 progress(done, len(steps))
         relinearization = engine.create_relinearization_key(secret, device=self.device).to(HOST)
         conjugating = engine.create_conjugation_key(secret, device=self.device).to(HOST) if conjugation else None
-        payload = FheliumKeys(self.parameters.fingerprint, relinearization, keys, conjugating)
+        payload = FheliumKeys(relinearization, keys, conjugating, fingerprint=self.parameters.fingerprint)
         return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation, extra)
 
     def _bootstrapping_parts(self, secret_key: FheliumSecretKey, progress: Callable[[int, int], None] | None) -> Iterator[KeyPart]:
         return self._bootstrapping.key_parts(secret_coefficients(self.parameters, self._engine, secret_key.secret), progress)
-
-    def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
-        refuse_secret_key(keys, "load_evaluation_keys")
-        if not isinstance(keys.payload, FheliumKeys):
-            raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
-        if keys.payload.fingerprint != self.parameters.fingerprint:
-            raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
-        super().load_evaluation_keys(keys)
 
     def _shift(self, step: int) -> int:
         """FHElium's step: it rotates to the right."""
@@ -183,14 +179,15 @@ class FheliumBackend(HEBackend):
         compressed = engine.prepare_compressed_plaintext(flat, depth=depth, scale=scale, device=self.device)
         return list(compressed.unbind_batch())
 
-    def _factor(self, operand: Any) -> Any:
-        """An encoded vector, ready for products; a compressed one already is."""
-        return operand if _compressed(operand) else self._engine.prepare_plaintext_for_multiplication(operand)
+    def _operand(self, operand: Any) -> Any:
+        """An encoded vector, ready for sums and products; a compressed one already is."""
+        return operand if _compressed(operand) else prepared(self._engine, operand, self._moduli)
 
     def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> torch.Tensor:
         flat = torch.from_numpy(values.reshape(-1, values.shape[-1])).to(self.device)
         plain = self._engine.encode(flat, depth=self._depth(level), scale=scale, device=self.device)
-        value = self._engine.encrypt(plain, key.public, device=self.device, output_domain="ntt")
+        public = key.public if isinstance(key, FheliumSecretKey) else key.key
+        value = self._engine.encrypt(plain, public, device=self.device, output_domain="ntt")
         return self._like(value.data, values.shape[:-1])
 
     def _decrypt(self, ct: Ciphertext, secret_key: FheliumSecretKey) -> np.ndarray:
@@ -227,30 +224,23 @@ class FheliumBackend(HEBackend):
         return self._reduced(a.payload.sum(1))
 
     def _add_plain(self, a: Ciphertext, b: Plaintext) -> torch.Tensor:
-        engine = self._engine
-
-        def operation(value: Any, operand: Any) -> Any:
-            if not _compressed(operand):
-                operand = engine.prepare_plaintext_for_addition(operand, polynomial_domain="ntt")
-            return engine.add_plaintext(value, operand)
-
-        return self._with_plain(a, b, operation)
+        return self._with_plain(a, b, lambda value, operand: self._engine.add_plaintext(value, self._operand(operand)))
 
     def _add_scalar(self, a: Ciphertext, value: float) -> torch.Tensor:
         """The integer round(value * scale) modulo each prime, in Montgomery form: products have scales beyond int64."""
         integer = round(value * a.scale)
-        moduli = self._moduli[-(a.level + 1) :].tolist()
-        ones = self._one[-(a.level + 1) :].tolist()
-        constant = torch.tensor([integer * one % q for one, q in zip(ones, moduli, strict=True)], dtype=torch.int64, device=self.device)
+        chain = zip(reversed(self._one[: a.level + 1]), reversed(self.parameters.moduli[: a.level + 1]), strict=True)
+        constant = torch.tensor([integer * one % q for one, q in chain], dtype=torch.int64, device=self.device)
         result = a.payload.clone()
         result[0] = (result[0] + constant[:, None]).remainder_(self._moduli[-(a.level + 1) :, None])
         return result
 
     @cached_property
-    def _one(self) -> torch.Tensor:
-        """[limbs] the constant 1 in Montgomery form."""
-        ones = self._engine.encode(torch.ones(self.parameters.slots, dtype=torch.float64, device=self.device), depth=0, scale=1.0)
-        return self._engine.prepare_plaintext_for_addition(ones, polynomial_domain="ntt").data[:, 0]
+    def _one(self) -> list[int]:
+        """The constant 1 in Montgomery form, by level."""
+        ones = torch.ones(self.parameters.slots, dtype=torch.float64, device=self.device)
+        plain = self._engine.encode(ones, depth=0, scale=1.0, device=self.device)
+        return self._operand(plain).data[:, 0].flip(0).tolist()
 
     # ---- products ----
     def _multiply(self, a: Ciphertext, b: Ciphertext) -> torch.Tensor:
@@ -259,7 +249,7 @@ class FheliumBackend(HEBackend):
         return self._like(product.data, tuple(x.shape[1:-2]))
 
     def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> torch.Tensor:
-        return self._with_plain(a, b, lambda value, operand: self._engine.multiply_plaintext(value, self._factor(operand)))
+        return self._with_plain(a, b, lambda value, operand: self._engine.multiply_plaintext(value, self._operand(operand)))
 
     def _with_plain(self, a: Ciphertext, b: Plaintext, operation: Callable[[Any, Any], Any]) -> torch.Tensor:
         """One plaintext for the whole batch in one call, otherwise entry by entry of the broadcast shape."""
@@ -275,7 +265,7 @@ class FheliumBackend(HEBackend):
     def _multiply_plain_sum(self, plain: Plaintext, a: Ciphertext) -> torch.Tensor:
         groups, terms = plain.batch_shape
         values = [self._wrap(a.payload[:, k], a.level, a.scale) for k in range(terms)]
-        operands = [self._factor(operand) for operand in plain.payload]
+        operands = [self._operand(operand) for operand in plain.payload]
         rows = []
         for g in range(groups):
             products = (self._engine.multiply_plaintext(value, operands[g * terms + k]).data for k, value in enumerate(values))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_he.backends.fhelium_engine import make_engine
+from hf_he.backends.fhelium_engine import make_engine, prepared
 from hf_he.backends.fhelium_keys import HOST, KeyResidency
+from hf_he.backends.keys import GaloisKeys
 from hf_he.ckks.bootstrapping.keys import ephemeral_parameters, rotation_limbs, sparse_ternary
 from hf_he.ckks.bootstrapping.plan import EPHEMERAL_WEIGHT, BootstrapPlan
 from hf_he.ckks.encoder import to_coefficients
@@ -23,16 +24,9 @@ from hf_he.ckks.random import Stream
 
 
 @dataclass(frozen=True, eq=False)
-class GaloisKeys:
-    """Relinearisation, rotations by the contract's steps, conjugation; modulo the full chain."""
-
-    relinearization: Any = field(repr=False)
-    rotations: dict[int, Any] = field(repr=False)
-    conjugation: Any = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False)
 class FheliumBootstrappingKeys:
+    """Galois keys modulo the full chain, and those to and from the ephemeral secret."""
+
     galois: GaloisKeys = field(repr=False)
     raise_key: Any = field(repr=False)
     lower_key: Any = field(repr=False)
@@ -71,7 +65,8 @@ class FheliumEvaluator:
         self.device = resident.device
         self.engine = make_engine(parameters)
         self._moduli = torch.tensor(parameters.moduli, dtype=torch.int64, device=self.device)
-        self._one = self._prepared(np.eye(1, parameters.ring_degree)[0], parameters.max_level).flip(0)[:, 0].tolist()
+        self._chain = torch.tensor((*reversed(parameters.moduli), *parameters.special_moduli), dtype=torch.int64, device=self.device)
+        self._one = self._prepared(np.ones(1), parameters.max_level).flip(0)[:, 0].tolist()
 
     # ---- FHElium's values: component first, highest limb first ----
     def _value(self, a: torch.Tensor, coefficients: bool = False) -> Any:
@@ -95,28 +90,29 @@ class FheliumEvaluator:
 
     # ---- plaintexts ----
     def _prepared(self, coefficients: np.ndarray, level: int, basis: str = "Q") -> torch.Tensor:
-        """[N] integers to [limbs, N] in NTT domain and Montgomery form, in FHElium's order of limbs."""
+        """[*batch, d] integers, the coefficients of polynomials in X^(N/d), to [*batch, limbs, N] in NTT domain and Montgomery form, in FHElium's order
+        of limbs."""
         from fhelium.values import Plaintext
 
+        compact = torch.from_numpy(np.rint(coefficients).astype(np.int64)).to(self.device)
+        full = compact.new_zeros(*compact.shape[:-1], self.parameters.ring_degree)
+        full[..., :: full.shape[-1] // compact.shape[-1]] = compact
         plain = Plaintext._from_fields(
             message=None,
             depth=self.parameters.max_level - level,
             scale=1.0,
-            data=torch.from_numpy(np.rint(coefficients).astype(np.int64)).to(self.device),
+            data=full,
             representation="integer_coefficients",
             polynomial_domain="coefficient",
             modulus_basis=None,
             residue_representation=None,
             prime_ids=(),
         )
-        return self.engine.prepare_plaintext_for_multiplication(plain, modulus_basis=basis).data
+        return prepared(self.engine, plain, self._chain if basis == "QP" else self._chain[: len(self._moduli)], basis).data
 
     def encode_coefficients(self, coefficients: np.ndarray, level: int) -> torch.Tensor:
         """[B, d] integer coefficients of polynomials in X^(N/d) to [B, level + 1, N]."""
-        n = self.parameters.ring_degree
-        full = np.zeros((len(coefficients), n))
-        full[:, :: n // coefficients.shape[1]] = coefficients
-        return torch.stack([self._prepared(row, level).flip(0) for row in full])
+        return self._prepared(coefficients, level).flip(-2)
 
     def encode(self, values: np.ndarray, level: int, scale: float) -> torch.Tensor:
         """[period] values to [level + 1, N]."""

@@ -30,6 +30,27 @@ def make_engine(parameters: CKKSParameters) -> Any:
     return Engine(config)
 
 
+def prepared(engine: Any, plain: Any, moduli: torch.Tensor, basis: str = "Q") -> Any:
+    """FHElium's plaintext of integer coefficients [*batch, N] as an operand of sums and products; `moduli` are all of the basis, in FHElium's order.
+
+    Its own preparation asks for the largest coefficient first, for which a card would be waited for at each plaintext.
+    """
+    from fhelium.values import Plaintext
+
+    standard = Plaintext._from_fields(
+        message=None,
+        depth=plain.depth,
+        scale=plain.scale,
+        data=plain.data[..., None, :].remainder(moduli[plain.depth :, None]),
+        representation="rns",
+        polynomial_domain="coefficient",
+        modulus_basis=basis,
+        residue_representation="standard",
+        prime_ids=tuple(range(plain.depth, len(moduli))),
+    )
+    return engine.coefficient_domain_to_ntt_domain(engine.standard_residues_to_montgomery_residues(standard))
+
+
 def choose_device(name: str | None) -> torch.device:
     """By default CUDA where torch and FHElium both have it."""
     from fhelium.native.runtime import native_backend_available
@@ -42,9 +63,9 @@ def choose_device(name: str | None) -> torch.device:
         return device
     if (device.index or 0) >= devices:
         found = f"torch finds {devices} CUDA devices" if devices else "torch finds no CUDA device"
-        raise BackendUnavailableError(f"{found}: use --device cpu, or a machine with a GPU and a CUDA build of torch (README, Backends)")
+        raise BackendUnavailableError(f"{found}: use --device cpu, or a machine with a GPU and a CUDA build of torch (recipes/backends)")
     if not native_backend_available("cuda"):
         raise BackendUnavailableError(
-            "FHElium was compiled for the CPU only: use --device cpu, or compile it again with `make test-fhelium FHELIUM_BACKENDS=CPU+CUDA`"
+            "FHElium was compiled for the CPU only: use --device cpu, or compile it again with `make install-fhelium FHELIUM_BACKENDS=CPU+CUDA`"
         )
     return device

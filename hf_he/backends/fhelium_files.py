@@ -126,12 +126,12 @@ def _evaluation_keys(parameters: CKKSParameters, device: torch.device, arrays: d
     primes = tuple(range(len(_chain(parameters))))
     turned = {step: RotationKey(data=data[i], prime_ids=primes, rotation_step=-step % parameters.slots) for i, step in enumerate(steps, start=1)}
     conjugating = ConjugationKey(data=data[-1], prime_ids=primes) if conjugation else None
-    payload = FheliumKeys(parameters.fingerprint, RelinearizationKey(data=data[0], prime_ids=primes), turned, conjugating)
+    payload = FheliumKeys(RelinearizationKey(data=data[0], prime_ids=primes), turned, conjugating, fingerprint=parameters.fingerprint)
     return EvaluationKeys(payload, metadata["key_id"], frozenset(steps), conjugation)
 
 
 def write_public_key(parameters: CKKSParameters, key: FheliumPublicKey) -> bytes:
-    return pack("public_key", _packed("residues", key.public.data, tuple(reversed(parameters.moduli))), _metadata(parameters, key.key_id))
+    return pack("public_key", _packed("residues", key.key.data, tuple(reversed(parameters.moduli))), _metadata(parameters, key.key_id))
 
 
 def _public(parameters: CKKSParameters, device: torch.device, arrays: dict[str, np.ndarray], name: str) -> Any:

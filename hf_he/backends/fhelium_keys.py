@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hf_he.backends.keys import SecretKeyBase
+from hf_he.backends.keys import LibraryKeys, LibraryPublicKey, SecretKeyBase
 
 HOST = torch.device("cpu")
 CARD_SHARE = 0.5
@@ -24,21 +23,12 @@ class FheliumSecretKey(SecretKeyBase):
         self.public = public
 
 
-@dataclass(frozen=True, eq=False)
-class FheliumPublicKey:
-    key_id: str
-    fingerprint: str
-    public: Any = field(repr=False)
+class FheliumPublicKey(LibraryPublicKey):
+    """FHElium's, on the backend's device."""
 
 
-@dataclass(frozen=True, eq=False)
-class FheliumKeys:
-    """Relinearisation, rotations by the contract's steps, conjugation; in host memory."""
-
-    fingerprint: str
-    relinearization: Any = field(repr=False)
-    rotations: dict[int, Any] = field(repr=False)
-    conjugation: Any = field(repr=False, default=None)
+class FheliumKeys(LibraryKeys):
+    """FHElium's, in host memory."""
 
 
 class KeyResidency:
