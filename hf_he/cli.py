@@ -20,6 +20,8 @@ COST = "Cost and environment"
 ENCRYPTION = "Encryption"
 EXTRAS = {"serve": ("fastapi", "httpx", "uvicorn"), "train": ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "sklearn")}
 """Modules of the optional dependencies, by the extra of hf-he that brings them."""
+INTERRUPTED = 130
+GOES_ON = {"finetune": "an encrypted run goes on with --resume", "train": "the same command goes on", "study": "the same command goes on"}
 
 RefreshPolicy = Literal["client", "bootstrap"]
 
@@ -274,6 +276,10 @@ def main() -> None:
     """Run the command line; an error of hf_he, of the file system or of a missing optional package ends it with one line instead of a traceback."""
     try:
         app()
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:
+            print("; ".join(("interrupted", *(hint for command, hint in GOES_ON.items() if command in sys.argv[1:2]))), file=sys.stderr)
+        raise
     except Exception as error:
         message = _explain(error)
         if message is None:

@@ -4,6 +4,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from hf_he import __version__, cli, errors
@@ -69,6 +70,23 @@ def test_foreseen_errors_end_in_one_line(error, message, monkeypatch, capsys):
         cli.main()
     shown = capsys.readouterr().err
     assert stopped.value.code == 1 and message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "hint"), [("finetune", "--resume"), ("train", "the same command goes on"), ("demo", "interrupted\n")])
+def test_an_interruption_is_one_line_that_says_how_to_go_on(command, hint, monkeypatch, capsys):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+
+    @app.command(command)
+    def run():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("sys.argv", ["hf-he", command])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 130 and shown.strip().startswith("interrupted") and hint in shown
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
