@@ -237,6 +237,10 @@ def create_app(server: Server) -> FastAPI:
     def unknown(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_to_json(HEError(f"there is no such request ({error.detail}): check the URL")), error.status_code)
 
+    @app.exception_handler(Exception)
+    def internal(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_to_json(error), status_code=500)
+
     @app.get("/info")
     def info() -> dict[str, Any]:
         return server.describe()

@@ -148,9 +148,10 @@ def test_env_names_every_backend_and_parameter_set():
     [
         (("decrypt", "missing.result", "--keys", "missing"), "CorruptFileError: cannot read the secret-key file"),
         (("keygen", "--parameters", "n99"), "ParameterError: unknown parameter set 'n99'"),
+        (("infer", "missing.enc", "--flooding", "0.1"), "ParameterError: only --json shows logits here"),
         (("serve", "--evaluation-keys", "missing.keys"), "CorruptFileError: cannot read the evaluation-key file"),
     ],
-    ids=["no-keys", "unknown-parameters", "no-evaluation-keys"],
+    ids=["no-keys", "unknown-parameters", "no-logits", "no-evaluation-keys"],
 )
 def test_errors_are_one_line_with_the_fix(model, arguments, error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf-he", *arguments, "--model", str(model)])

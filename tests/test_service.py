@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 import pytest
+from fastapi.testclient import TestClient
 
 from hf_he.errors import RefreshError
-from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, read_body
+from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, create_app, read_body
 
 
 def test_oversized_streams_are_cut_off():
@@ -48,6 +49,19 @@ def test_messages_on_their_way_count_as_waiting_jobs():
             pass
     finally:
         queue.close()
+
+
+def test_a_defect_of_the_server_is_answered_by_its_name_only():
+    class Broken:
+        max_batch_bytes = 100
+
+        def open(self, data):
+            raise ZeroDivisionError("internal detail")
+
+    with TestClient(create_app(Broken()), raise_server_exceptions=False) as http:
+        for _ in range(MAX_WAITING_JOBS + 1):
+            response = http.post("/jobs", content=b"batch")
+            assert response.status_code == 500 and "ZeroDivisionError" in response.json()["message"] and "detail" not in response.text
 
 
 class TestJob:

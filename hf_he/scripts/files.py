@@ -94,7 +94,9 @@ def encrypt(text: Path, model: Path | None, keys: Path, out: Path, features: int
 def infer(
     encrypted: Path, model: Path | None, keys: Path, out: Path | None, server: str | None, refresh: str, json_output: bool, flooding: float = 0.0
 ) -> None:
-    """Run an encrypted file on a server, answering its refresh requests with the secret key in `keys`."""
+    """Run an encrypted file on a server, answering its refresh requests with the secret key in `keys`; `flooding` as in Client.decrypt, with JSON only."""
+    if flooding and not json_output:
+        raise ParameterError("only --json shows logits here: add --json, or give --flooding to `hf-he decrypt`")
     client = Client.from_pretrained(model or default_model(), keys=keys)
     data, target = read_file(encrypted, "encrypted-batch"), out or encrypted.with_suffix(".result")
     check_writable(target)
