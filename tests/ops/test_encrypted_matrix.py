@@ -29,8 +29,8 @@ def test_products_and_gradients(make_lab, features, tokens, shape):
     slots = lab.backend.decrypt(found, lab.secret)
     assert found.level == 1 and found.batch_shape == ct.batch_shape
     expected = torch.einsum("bto,bti->oi", dy, x).numpy()
-    np.testing.assert_allclose(matrix.unpack_matrix(slots, lab.packing, shape), expected, atol=1e-4)
-    np.testing.assert_allclose(slots, matrix.pack_matrix(expected, lab.packing), atol=1e-4)
+    np.testing.assert_allclose(matrix.unpack_matrix(slots, lab.packing, shape), expected, atol=4e-7)
+    np.testing.assert_allclose(slots, matrix.pack_matrix(expected, lab.packing), atol=4e-7)
 
 
 @pytest.mark.parametrize(("features", "tokens", "shape"), SHAPES, ids=str)

@@ -28,5 +28,5 @@ def test_every_level_gives_the_approximation(lab, interval, steps):
             result = evaluate_reciprocal(context, ciphertext, approximation, level)
             assert result.level >= level, (start, level)
             error = np.abs(backend.decrypt(result, lab.secret) - expected) / expected.max()
-            assert error.max() < 1e-4, (start, level)
+            assert error.max() < 1e-5, (start, level)
     assert depth(approximation) == 4 + 1 + steps

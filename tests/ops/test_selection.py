@@ -17,7 +17,7 @@ def test_parts_of_a_fused_projection(lab, part):
     out = selection.selected_rows(vectors, n, rows)
     assert out.ciphertext.batch_shape == (n,) and out.level == 2
     found = lab.backend.decrypt(out.ciphertext, lab.secret)
-    np.testing.assert_allclose(found, np.tile(selection.reference(values, rows), lab.packing.slots // c), atol=1e-6)
+    np.testing.assert_allclose(found, np.tile(selection.reference(values, rows), lab.packing.slots // c), atol=2e-8)
     assert selection.selected_rows(vectors, n, rows) is out
     assert set(lab.backend.rotations_used) <= selection.rotations(c)
 
@@ -27,5 +27,5 @@ def test_a_selection_over_two_blocks(lab):
     slots = np.tile(np.pad(values, ((0, 0), (0, 8))).reshape(3, 16), lab.packing.slots // 16)
     out = selection.encrypted(lab.session, lab.backend.encrypt(slots, lab.secret, 2), 1, rows)
     found = lab.backend.decrypt(out, lab.secret)[:, :16].reshape(-1)
-    np.testing.assert_allclose(found[: len(rows)], values[0, rows], atol=1e-6)
-    np.testing.assert_allclose(found[len(rows) :], 0.0, atol=1e-6)
+    np.testing.assert_allclose(found[: len(rows)], values[0, rows], atol=2e-8)
+    np.testing.assert_allclose(found[len(rows) :], 0.0, atol=2e-8)

@@ -25,7 +25,7 @@ def decrypt(lab, ciphertext, features):
     slots = lab.backend.decrypt(ciphertext, lab.secret)
     spread = Spread.of(features, lab.packing)
     width = spread.split * spread.c
-    np.testing.assert_allclose(slots, np.tile(slots[:, :width], lab.packing.slots // width), atol=1e-5)
+    np.testing.assert_allclose(slots, np.tile(slots[:, :width], lab.packing.slots // width), atol=2e-7)
     return torch.from_numpy(unpack_uniform(slots, lab.packing, features))
 
 
@@ -35,7 +35,7 @@ def test_maps(lab, inputs, outputs):
     with lab.session.single_token(uniform=True):
         out = linear(lab.session, operand(lab, x), [WaitingLinear(operand(lab, x), weight, bias)], 2, 0.5, 0.25)
     assert out.level == 2
-    torch.testing.assert_close(decrypt(lab, out, outputs), 0.5 * F.linear(x, weight, bias) + 0.25, atol=1e-5, rtol=0)
+    torch.testing.assert_close(decrypt(lab, out, outputs), 0.5 * F.linear(x, weight, bias) + 0.25, atol=1e-7, rtol=0)
     assert set(lab.backend.rotations_used) <= uniform.rotations(lab.packing, inputs, outputs)
 
 
@@ -45,7 +45,7 @@ def test_several_maps_of_one_state(lab):
         out = linear(lab.session, operand(lab, x), [WaitingLinear(operand(lab, x), w, None) for w in weights], 1)
     for index, weight in enumerate(weights):
         part = lab.backend.reshape(lab.backend.take(out, index), (1,))
-        torch.testing.assert_close(decrypt(lab, part, 16), weight @ x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decrypt(lab, part, 16), weight @ x, atol=3e-8, rtol=0)
     assert set(lab.backend.rotations_used) == uniform.rotations(lab.packing, 16, 16, 3)
 
 
