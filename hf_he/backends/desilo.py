@@ -22,7 +22,7 @@ import numpy as np
 
 from hf_he.backends import desilo_files as files
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import SecretKeyBase, new_key_id, refuse_secret_key
+from hf_he.backends.keys import LibraryKeys, LibraryPublicKey, SecretKeyBase, new_key_id
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnServerError
 
@@ -42,21 +42,12 @@ class DesiloSecretKey(SecretKeyBase):
         self.key = key
 
 
-@dataclass(frozen=True, eq=False)
-class DesiloPublicKey:
-    key_id: str
-    fingerprint: str
-    key: Any = field(repr=False)
+class DesiloPublicKey(LibraryPublicKey):
+    """DESILO FHE's."""
 
 
-@dataclass(frozen=True, eq=False)
-class DesiloKeys:
-    """Relinearisation, rotations by step, conjugation."""
-
-    fingerprint: str
-    relinearization: Any = field(repr=False)
-    rotations: dict[int, Any] = field(repr=False)
-    conjugation: Any = field(repr=False, default=None)
+class DesiloKeys(LibraryKeys):
+    """DESILO FHE's, its rotation keys those of fixed steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +79,7 @@ class DesiloBackend(HEBackend):
     default_refresh = "client"
     default_parameters = "n14-6"
     demo_sentences = 2
+    evaluation_key_type = DesiloKeys
 
     def __init__(self, parameters: CKKSParameters, device: str | None = None) -> None:
         super().__init__(parameters)
@@ -136,16 +128,8 @@ class DesiloBackend(HEBackend):
             if progress is not None:
                 progress(done, len(steps))
         conjugating = engine.create_conjugation_key(secret) if conjugation else None
-        payload = DesiloKeys(self.parameters.fingerprint, engine.create_relinearization_key(secret), keys, conjugating)
+        payload = DesiloKeys(engine.create_relinearization_key(secret), keys, conjugating, fingerprint=self.parameters.fingerprint)
         return EvaluationKeys(payload, secret_key.key_id, frozenset(steps), conjugation, extra)
-
-    def load_evaluation_keys(self, keys: EvaluationKeys) -> None:
-        refuse_secret_key(keys, "load_evaluation_keys")
-        if not isinstance(keys.payload, DesiloKeys):
-            raise ParameterError("these evaluation keys were made by another backend: generate them with this one")
-        if keys.payload.fingerprint != self.parameters.fingerprint:
-            raise ParameterError("these evaluation keys were generated for other CKKS parameters: generate them again")
-        super().load_evaluation_keys(keys)
 
     @property
     def _keys(self) -> DesiloKeys:

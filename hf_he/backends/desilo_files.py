@@ -94,7 +94,7 @@ def read_evaluation_keys(engine: Any, parameters: CKKSParameters, data: bytes) -
         raise _garbled(kind) from None
     conjugation = None if conjugating is None else _loaded(engine.deserialize_conjugation_key, conjugating, kind)
     turned = {step: _loaded(engine.deserialize_fixed_rotation_key, arrays[name], kind) for step, name in steps.items()}
-    payload = DesiloKeys(parameters.fingerprint, relinearization, turned, conjugation)
+    payload = DesiloKeys(relinearization, turned, conjugation, fingerprint=parameters.fingerprint)
     return EvaluationKeys(payload, metadata["key_id"], frozenset(steps), conjugation is not None)
 
 
