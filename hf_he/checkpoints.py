@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from hf_he.errors import CorruptFileError, DataError, HEError
 
@@ -75,6 +78,18 @@ def model_fingerprint(directory: str | Path) -> str:
     return hashed.hexdigest()[:16]
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers in here: client, planner and calibration read the same small model several times."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_classifier(directory: str | Path) -> torch.nn.Module:
     """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds none, CorruptFileError for a damaged one.
 
@@ -83,7 +98,8 @@ def load_classifier(directory: str | Path) -> torch.nn.Module:
     model_fingerprint(directory)
     check_architecture(Path(directory), "ForSequenceClassification", "a classifier")
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        with quiet_loading():
+            model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         model.eval()
         model.set_mode("polynomial")
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from hf_he.checkpoints import default_decoder, default_model, find_model, load_classifier
 from hf_he.errors import DataError
@@ -21,3 +22,10 @@ def test_models_of_another_task_are_refused_instead_of_getting_a_random_head():
         load_classifier(default_decoder())
     with pytest.raises(DataError, match="holds HEBertForSequenceClassification, and this needs a decoder"):
         load_decoder(default_model())
+
+
+def test_loading_here_shows_no_progress_bar_and_leaves_those_of_others(capsys):
+    logging.enable_progress_bar()
+    load_classifier(default_model())
+    load_decoder(default_decoder())
+    assert "Loading weights" not in capsys.readouterr().err and logging.is_progress_bar_enabled()

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_he.checkpoints import check_architecture, model_fingerprint
+from hf_he.checkpoints import check_architecture, model_fingerprint, quiet_loading
 from hf_he.errors import CorruptFileError, DataError, HEError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -25,7 +25,8 @@ def load_decoder(directory: str | Path, adapter: str | Path | None = None) -> Pr
     model_fingerprint(directory)
     check_architecture(Path(directory), "ForCausalLM", "a decoder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         model.eval()
         model.set_mode("polynomial")
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
