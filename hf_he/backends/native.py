@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,9 +19,12 @@ from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, generate_parts
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.context import context_for
 from hf_he.ckks.evaluator import Evaluator
+from hf_he.ckks.jit import cache_folder
 from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import ParameterError, SecretKeyOnServerError, WrongKeyError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,8 @@ class NativeBackend(HEBackend):
 
     # ---- keys ----
     def generate_secret_key(self) -> SecretKey:
+        if not cache_folder().exists():
+            logger.warning("Compiling the kernels of the native engine, once for this installation: about a minute of one idle core.")
         return SecretKey.generate(self.context)
 
     def generate_public_key(self, secret_key: SecretKey) -> PublicKey:
