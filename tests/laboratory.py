@@ -52,7 +52,7 @@ class Lab:
         """[B, T, F]"""
         return torch.from_numpy(np.ascontiguousarray(unpack_state(self.backend.decrypt(ciphertext, self.secret), self.packing, features)))
 
-    def check(self, ciphertext, expected: torch.Tensor, tolerance=1e-5) -> None:
+    def check(self, ciphertext, expected: torch.Tensor, tolerance=1e-6) -> None:
         """Compare with [B, T, F] values, and the scale with the canonical one of the level."""
         torch.testing.assert_close(self.decrypt(ciphertext, expected.shape[-1]), expected.to(torch.float64), atol=tolerance, rtol=0)
         assert abs(ciphertext.scale / self.backend.parameters.scale_at(ciphertext.level) - 1) < 1e-9

@@ -12,7 +12,7 @@ from hf_he import nn as he_nn
 from hf_he.ops.gathered import Gathered
 from hf_he.tensor import EncryptedTensor, required_rotations
 
-TOLERANCE = 1e-3
+TOLERANCE = 1.5e-5
 FUSED, SEPARATE = ("query_key_value",), ("q_proj", "k_proj", "v_proj")
 VARIANTS = {
     "neox": (*NEOX, FUSED, {}),

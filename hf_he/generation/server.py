@@ -200,12 +200,13 @@ class GenerationServer(Server):
             )
 
     def _generation(self, name: str) -> Generation:
-        if name not in self._generations:
+        try:
+            self._generations.move_to_end(name)
+            return self._generations[name]
+        except KeyError:
             raise GenerationError(
                 f"this server holds no generation {name} (it keeps the last {MAX_GENERATIONS}): send its stored cache with resume, or begin again"
-            )
-        self._generations.move_to_end(name)
-        return self._generations[name]
+            ) from None
 
     def _keep(self, name: str, generation: Generation) -> None:
         self._generations[name] = generation

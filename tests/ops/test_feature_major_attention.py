@@ -34,7 +34,7 @@ def test_attention_against_its_reference(wide, heads, masked):
     pairs = keep[:, None, None, :].expand(-1, 1, TOKENS, -1) if masked else None
     expected = feature_major_attention.reference(*split, pairs, head_dim**-0.5, approximation)
     assert (out.batch_shape, out.level) == ((heads * head_dim,), 0)
-    wide.check(out, expected.reshape(sequences, TOKENS, -1), tolerance=1e-5)
+    wide.check(out, expected.reshape(sequences, TOKENS, -1), tolerance=1e-6)
     assert set(wide.backend.rotations_used) == feature_major_attention.rotations(wide.packing)
 
 
@@ -44,7 +44,7 @@ def test_models_equal_polynomial_mode(wide, variant):
     embeddings, mask = inputs(model, wide.packing.sequences, TOKENS)
     expected = calibrated(model, embeddings, mask)
     wide.backend.rotations_used.clear()
-    np.testing.assert_allclose(run(wide, model, embeddings, mask), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(run(wide, model, embeddings, mask), expected.numpy(), atol=5e-6)
     assert set(wide.backend.rotations_used) == required_rotations(model.config, wide.packing)
 
 
@@ -56,7 +56,7 @@ def test_the_plan_says_what_a_run_does(wide):
     wide.session.place(model, plan.levels)
     wide.backend.log.reset()
     refreshed = wide.session.refresh.count
-    np.testing.assert_allclose(run(wide, model, embeddings, mask), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(run(wide, model, embeddings, mask), expected.numpy(), atol=5e-6)
     assert wide.session.refresh.count - refreshed == len(plan.refreshes)
     counted = wide.backend.log.operations()
     assert {name: counted[name] for name in plan.operations} == plan.operations
@@ -74,4 +74,4 @@ def test_wide_states_are_activated_in_pieces(wide, monkeypatch):
     wide.backend.log.reset()
     out = activation.encrypted(wide.session, wide.encrypt(states).operand, approximation)
     assert {entry.count for entry in wide.backend.log.trace if entry.primitive == "multiply"} == {4}
-    wide.check(out, activation.reference(states, approximation), tolerance=1e-5)
+    wide.check(out, activation.reference(states, approximation), tolerance=1e-6)
