@@ -22,9 +22,10 @@ import numpy as np
 
 from hf_he.backends import desilo_files as files
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import LibraryKeys, LibraryPublicKey, SecretKeyBase, new_key_id
+from hf_he.backends.keys import LibraryKeys, LibraryPublicKey
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import BackendUnavailableError, ParameterError, SecretKeyOnServerError
+from hf_he.secret_key import SecretKeyBase, new_key_id
 
 SUPPORTED_VERSION = "2.0"
 LICENCE = "DESILO FHE is closed source and licensed for non-commercial use only; hf_he's own licence does not cover it"

@@ -26,10 +26,10 @@ from hf_he.backends.fhelium_card import typed_card_errors
 from hf_he.backends.fhelium_engine import choose_device, make_engine, prepared
 from hf_he.backends.fhelium_keys import HOST, FheliumKeys, FheliumPublicKey, FheliumSecretKey, KeyResidency
 from hf_he.backends.fhelium_matrix import residue_products
-from hf_he.backends.keys import new_key_id
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.errors import ParameterError, SecretKeyOnServerError
+from hf_he.secret_key import new_key_id
 
 SUPPORTED_VERSION = "0.30"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_he.backends.keys import LibraryKeys, LibraryPublicKey, SecretKeyBase
+from hf_he.backends.keys import LibraryKeys, LibraryPublicKey
+from hf_he.secret_key import SecretKeyBase
 
 HOST = torch.device("cpu")
 CARD_SHARE = 0.5

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_he.secret_key import SecretKeyBase, new_key_id, refuse_secret_key
-
-__all__ = ["GaloisKeys", "LibraryKeys", "LibraryPublicKey", "SecretKeyBase", "new_key_id", "refuse_secret_key"]
-
 
 @dataclass(frozen=True, eq=False)
 class LibraryPublicKey:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hf_he.backends.base import Ciphertext, EvaluationKeys, HEBackend, Plaintext
-from hf_he.backends.keys import SecretKeyBase, new_key_id
 from hf_he.errors import BackendUnavailableError, CorruptFileError, ParameterError, SecretKeyOnServerError
+from hf_he.secret_key import SecretKeyBase, new_key_id
 from hf_he.serialization import pack, unpack_for
 
 

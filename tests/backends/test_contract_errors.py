@@ -10,7 +10,6 @@ import pytest
 from party import TOLERANCE, toy_parameters
 
 from hf_he.backends import available_backends, get_backend
-from hf_he.backends.keys import SecretKeyBase, refuse_secret_key
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import (
     BackendUnavailableError,
@@ -23,6 +22,7 @@ from hf_he.errors import (
     ShapeError,
     WrongKeyError,
 )
+from hf_he.secret_key import SecretKeyBase, refuse_secret_key
 
 # ---- bytes ----
 
