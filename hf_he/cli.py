@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from errno import ENOSPC
 from importlib import import_module
@@ -298,8 +299,8 @@ def _explain(error: Exception) -> str | None:
         for extra, modules in EXTRAS.items():
             if module in modules:
                 return f"{module} is not installed: pip install 'hf-he[{extra}]', or in a clone pip install -e '.[{extra}]'"
+    if os.strerror(ENOSPC) in str(error):
+        return f"the disk is full: make room, or choose another folder (TMPDIR for keys of a demo); {error}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}; choose a path that can be read and written" + (", or make room" if error.errno == ENOSPC else "")
-    if isinstance(error, OSError) and error.errno == ENOSPC:
-        return "the disk is full: make room, or choose another folder (TMPDIR for keys of a demo)"
+        return f"{error.strerror}: {error.filename}; choose a path that can be read and written"
     return None

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from hf_he import __version__, cli, errors
@@ -58,8 +59,9 @@ def test_a_wrong_option_names_what_is_allowed_and_exits_with_2(arguments, names)
         (PermissionError(errno.EACCES, "Permission denied", "out/x"), "Permission denied: out/x"),
         (OSError(errno.ENOSPC, "No space left on device"), "make room"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "make room"),
     ],
-    ids=["ours", "serve", "train", "permission", "full", "full-file"],
+    ids=["ours", "serve", "train", "permission", "full", "full-file", "full-safetensors"],
 )
 def test_foreseen_errors_end_in_one_line(error, message, monkeypatch, capsys):
     def fail():
