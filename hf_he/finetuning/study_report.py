@@ -21,12 +21,12 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """One entry per point, the centre first.
 
     `score`, `dev_loss` and `loss` (of the last training steps) are means over the seeds, None when one failed, and `*_spread` their sample standard
-    deviations, 0 of one seed. `dev_loss_change` is the mean difference to the centre, seed by seed (a seed gives every point the same examples in the
-    same order), `dev_loss_change_error` its standard error, None of one seed. `runs` holds what each seed found. `pareto` and `pareto_loss`: no point
+    deviations, 0 of one seed. `score_change` and `dev_loss_change` are mean differences to the centre, seed by seed (a seed gives every point the same
+    examples in the same order), `*_change_error` their standard errors, 0 of one seed. `runs` holds what each seed found. `pareto` and `pareto_loss`: no point
     has a better score, or a lower dev loss, at no more seconds a step.
     """
     points = {point: [entry for entry in measured if entry.point == point] for point in dict.fromkeys(entry.point for entry in measured)}
-    centre = {entry.seed: entry.dev_loss for entry in next(iter(points.values()), [])}
+    centre = {entry.seed: entry for entry in next(iter(points.values()), [])}
     rows = [_row(point, runs, centre) for point, runs in points.items()]
     for row in rows:
         row["pareto"] = _on_front(row, rows, "score", 1)
@@ -34,7 +34,7 @@ def summarise(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(point: Point, runs: Sequence[Measured], centre: Mapping[int, float | None]) -> dict[str, Any]:
+def _row(point: Point, runs: Sequence[Measured], centre: Mapping[int, Measured]) -> dict[str, Any]:
     train = next((run.train for run in runs if run.train), {})
     infer = next((run.infer for run in runs if run.infer), {})
     failed = [run.error for run in runs if run.error]
@@ -43,13 +43,15 @@ def _row(point: Point, runs: Sequence[Measured], centre: Mapping[int, float | No
         values = [getattr(run, source) for run in runs]
         means[name] = None if failed else statistics.mean(values)
         means[f"{name}_spread"] = None if failed else statistics.stdev(values) if len(values) > 1 else 0.0
-    changes = [] if failed else [run.dev_loss - centre[run.seed] for run in runs if centre.get(run.seed) is not None]
+    for name in ("score", "dev_loss"):
+        pairs = [] if failed else [(getattr(run, name), getattr(centre.get(run.seed), name, None)) for run in runs]
+        changes = [ours - first for ours, first in pairs if first is not None]
+        means[f"{name}_change"] = statistics.mean(changes) if changes else None
+        means[f"{name}_change_error"] = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
     return {
         **asdict(point),
         "before": runs[0].before,
         **means,
-        "dev_loss_change": statistics.mean(changes) if changes else None,
-        "dev_loss_change_error": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
         "runs": [{name: getattr(run, name) for name in ("seed", "score", "dev_loss", "last_loss", "error")} for run in runs],
         "step_seconds": train.get("seconds"),
         "step_refreshes": train.get("refreshes"),
@@ -74,47 +76,40 @@ def _on_front(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], quality
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, metric: str = "score") -> None:
-    """Dev loss and score against the estimated time of a training step, a colour and marker per knob, Pareto fronts as lines; a PNG.
-
-    Bars are one standard error of the mean over the seeds. Needs matplotlib.
-    """
+    """Dev loss and score, as differences to the centre's, against the estimated time of a training step, a colour and marker per knob, Pareto fronts as
+    lines; a PNG. Bars are one standard error of the mean difference over the seeds. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), constrained_layout=True)
-    shown = [row for row in rows if row["score"] is not None]
-    for axis, quality, front, label in zip(
-        panels, ("dev_loss", "score"), ("pareto_loss", "pareto"), ("dev loss (lower is better)", f"dev {metric} (higher is better)"), strict=True
-    ):
-        _panel(axis, shown, rows[0], quality, front)
-        axis.set(xlabel="planned seconds of one core for a training step", ylabel=label)
+    shown, centre = [row for row in rows if row["score_change"] is not None], rows[0]
+    kinds = (("dev_loss", "pareto_loss", "dev loss", "lower"), ("score", "pareto", f"dev {metric}", "higher"))
+    for axis, (quality, front, name, better) in zip(panels, kinds, strict=True):
+        _panel(axis, shown, centre, quality, front)
+        axis.set(xlabel="planned seconds of one core for a training step")
+        axis.set(ylabel=f"{name}, difference to {centre[quality]:.4f} ({better} is better)")
         axis.grid(alpha=0.25)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(title)
     figure.canvas.draw()
-    for axis, quality in zip(panels, ("dev_loss", "score"), strict=True):
-        labels = [(row["step_seconds"], row[quality], _label(row, rows[0])) for row in shown]
-        place_labels(axis, labels, [_error(row, quality) for row in shown], [STYLES[_kind(row, rows[0])][1] for row in shown])
+    for axis, (quality, *_) in zip(panels, kinds, strict=True):
+        labels = [(row["step_seconds"], row[f"{quality}_change"], _label(row, centre)) for row in shown]
+        place_labels(axis, labels, [row[f"{quality}_change_error"] for row in shown], [STYLES[_kind(row, centre)][1] for row in shown])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _panel(axis: Any, rows: Sequence[Mapping[str, Any]], centre: Mapping[str, Any], quality: str, front: str) -> None:
-    line = sorted((row["step_seconds"], row[quality]) for row in rows if row[front])
+    line = sorted((row["step_seconds"], row[f"{quality}_change"]) for row in rows if row[front])
     axis.plot(*zip(*line, strict=True), "k--", linewidth=1, alpha=0.6, label="Pareto front", zorder=1)
     for kind, (marker, color) in STYLES.items():
         chosen = [row for row in rows if _kind(row, centre) == kind]
         if chosen:
-            at, bars = ([row["step_seconds"] for row in chosen], [row[quality] for row in chosen]), [_error(row, quality) for row in chosen]
-            size = 12 if kind == "recipe" else 7
-            axis.errorbar(*at, yerr=bars, fmt=marker, color=color, ecolor=(color, 0.35), markersize=size, elinewidth=1.2, label=kind)
-
-
-def _error(row: Mapping[str, Any], quality: str) -> float:
-    """Standard error of the mean over the seeds."""
-    return row[f"{quality}_spread"] / len(row["runs"]) ** 0.5
+            at, differences, bars = ([row[name] for row in chosen] for name in ("step_seconds", f"{quality}_change", f"{quality}_change_error"))
+            style = {"fmt": marker, "color": color, "ecolor": (color, 0.35), "markersize": 12 if kind == "recipe" else 7, "elinewidth": 1.2}
+            axis.errorbar(at, differences, yerr=bars, label=kind, **style)
 
 
 def _changed(row: Mapping[str, Any], centre: Mapping[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def study(
     (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
     runs = f"{steps} steps of {settings.sequences}, {seeds} seed{'s' * (seeds > 1)}"
     title = f"{train.task.upper()}, {len(dev):,} dev rows after {runs}; cost planned for {arguments.parameter_set_name}"
-    if any(row["score"] is not None for row in rows):
+    if any(row["score_change"] is not None for row in rows):
         plot(rows, output_dir / "study.png", title, dev.metric)
     if json_output:
         print_json({"model": str(recipe.model_folder), "parameters": arguments.parameter_set_name, "steps": steps, "seeds": seeds, "points": rows})
@@ -91,8 +91,8 @@ def _cells(row) -> tuple[str, ...]:
         costs += (f"{row['inference_seconds']:.2f}",)
     if row["score"] is None:
         return (*setting, *costs, row["error"].split(":")[0], *quality[2:])
-    change = f"{row['dev_loss_change']:+.4f}"
-    if row["dev_loss_change_error"]:
+    change = "" if row["dev_loss_change"] is None else f"{row['dev_loss_change']:+.4f}"
+    if change and len(row["runs"]) > 1:
         change += f" ± {row['dev_loss_change_error']:.4f}"
     return (*setting, *costs, _mean(row, "score"), _mean(row, "dev_loss"), change, f"{row['loss']:.4f}")
 

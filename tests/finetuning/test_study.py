@@ -155,7 +155,13 @@ def test_seeds_are_averaged_and_a_failed_one_is_not_hidden():
     assert rows[1]["dev_loss_change"] == pytest.approx(-0.05) and rows[1]["dev_loss_change_error"] == pytest.approx(0.05)
     assert [run["seed"] for run in rows[1]["runs"]] == [0, 1] and rows[1]["runs"][0]["score"] == 0.7
     assert rows[2]["score"] is None and "RangeError" in rows[2]["error"] and rows[2]["runs"][0]["score"] == 0.9
+    assert rows[1]["score_change"] == pytest.approx(0.05) and rows[0]["score_change"] == 0.0
     json.dumps(rows, allow_nan=False)
+
+
+def test_without_a_centre_there_are_no_differences():
+    rows = summarise([entry(None, 1.0), entry(0.8, 2.0, Point(rank=8))])
+    assert rows[1]["score"] == 0.8 and rows[1]["score_change"] is None and rows[1]["dev_loss_change"] is None
 
 
 def test_the_plot_is_a_png(tmp_path):
