@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from encrypted_adapter import adapted, decrypted, install, relative_error
-from gradients import TOLERANCE, encrypted_gradient, encrypted_labels
+from gradients import encrypted_gradient, encrypted_labels
 from test_tensor import TOKENS, calibrated, inputs, small_model
 from torch import nn
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ class Run:
     def backward(self, logits):
         torch.autograd.backward([logits], [encrypted_gradient(self.lab, self.upstream, pooled=True)])
 
-    def check(self, tolerance=TOLERANCE, factor=1.0):
+    def check(self, tolerance=5e-4, factor=1.0):
         assert len(self.leaves) == len(self.expected) > 2
         for name, weight in self.leaves.items():
             assert relative_error(decrypted(self.lab, weight.grad), factor * self.expected[name]) <= tolerance, name
@@ -51,7 +51,7 @@ class Run:
 def test_whole_model(make_lab, policy, layers):
     run = Run(make_lab, policy, num_hidden_layers=layers)
     logits = run.forward()
-    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=2e-7, rtol=0)
     run.backward(logits)
     run.check()
     assert set(run.lab.backend.rotations_used) == required_rotations(run.model.config, run.lab.packing, 2, training=True)
@@ -121,13 +121,13 @@ def test_without_gradients_an_encrypted_adapter_is_only_evaluated(make_lab):
     with torch.no_grad():
         logits = run.forward()
     assert not logits.requires_grad
-    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.lab.decrypt(logits.ciphertext, 2)[:, 0], run.logits.detach(), atol=1e-7, rtol=0)
 
 
 def test_native_gradients(make_lab):
     run = Run(make_lab, backend="native", num_hidden_layers=1, intermediate_size=16)
     run.backward(run.forward())
-    run.check(tolerance=1e-2)
+    run.check(tolerance=3e-5)
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])

@@ -54,8 +54,8 @@ def test_whole_model(make_lab, form, policy):
     power = model.config.power_softmax_degree if model.config.power_softmax_length_agnostic else None
     packed = lab.session.attention_mask(lab.backend.encrypt(pack_attention_mask(mask.double().numpy(), packing, power), lab.secret))
     found = model(embedding_output=lab.encrypt(embeddings), attention_mask=packed).logits
-    torch.testing.assert_close(lab.decrypt(found.ciphertext, 2)[:, 0], logits.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(lab.decrypt(found.ciphertext, 2)[:, 0], logits.detach(), atol=1e-7, rtol=0)
     torch.autograd.backward([found], [encrypted_gradient(lab, upstream, pooled=True)])
     assert len(leaves) == len(expected) > 2
     for name, weight in leaves.items():
-        assert relative_error(decrypted(lab, weight.grad), expected[name]) <= 1e-3, name
+        assert relative_error(decrypted(lab, weight.grad), expected[name]) <= 4e-5, name

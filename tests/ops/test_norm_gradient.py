@@ -34,4 +34,4 @@ def test_layer_norm_and_rms_norm(lab, centre):
     forward = norm.WaitingNorm(lab.encrypt(x).operand, weight, None, 1e-6, approximation, centre=centre, keep=True)
     gradient = norm_gradient.WaitingNormGradient(lab.encrypt(upstream).operand, forward.statistics(), weight, approximation, centre)
     assert gradient.level == min(7 - norm_gradient.GRADIENT_DEPTH, forward.statistics().centred.level - norm_gradient.GRADIENT_DEPTH - 1)
-    lab.check(gradient.ciphertext, plain.grad, tolerance=1e-3 * float(plain.grad.abs().max()))
+    lab.check(gradient.ciphertext, plain.grad, tolerance=1e-6 * float(plain.grad.abs().max()))
