@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hf_he.checkpoints import load_classifier
@@ -137,23 +138,29 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
 
 
 def plot_losses(losses: list[float], twin: list[float], path: Path) -> None:
-    """The encrypted run's losses beside its twin's, and their difference, as a PNG. Needs matplotlib."""
+    """The encrypted run's losses beside its twin's (means of a hundredth of a run longer than 200 steps), and their difference, as a PNG. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (curves, differences) = pyplot.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    steps = range(1, len(losses) + 1)
-    curves.plot(steps, twin, "k-", linewidth=2.5, alpha=0.3, label="polynomial twin, in the clear")
-    curves.plot(steps, losses, "C0.-", linewidth=1, label="encrypted")
-    curves.set(xlabel="step", ylabel="loss before the update", title="training loss")
+    steps, window = range(1, len(losses) + 1), max(1, len(losses) // 100)
+    curves.plot(*_means(twin, window), "k-", linewidth=2.5, alpha=0.3, label="polynomial twin, in the clear")
+    curves.plot(*_means(losses, window), "C0.-", linewidth=1, label="encrypted")
+    curves.set(xlabel="step", ylabel="loss before the update", title="training loss" if window == 1 else f"training loss, means of {window} steps")
     curves.legend(fontsize=8)
     differences.semilogy(steps, [max(abs(a - b), 1e-12) for a, b in zip(losses, twin, strict=True)], "C3.-", linewidth=1)
     differences.set(xlabel="step", title="|encrypted - twin|")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _means(losses: list[float], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Last step and mean of each full window of `losses`."""
+    ends = np.arange(window, len(losses) + 1, window)
+    return ends, np.add.reduceat(np.asarray(losses)[: ends[-1]], ends - window) / window
 
 
 def _untrained(trainer: EncryptedTrainer) -> torch.nn.Module:
