@@ -27,6 +27,10 @@ class Part:
     refreshes: tuple[tuple[int, int], ...]
 
 
+PEAK_TO_WEIGHTS = 3.5
+"""Memory of a step with one feature per ciphertext, client's and server's, to that of its encrypted weights: 18.5 GB to 5.24 natively at N = 2^14."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One micro-batch (forward and backward), what remains of a step (installing the weights, packing the gradient, the optimiser), and every
@@ -90,20 +94,22 @@ def choose_step_packing(
     make_model: Callable[[], nn.Module], parameters: CKKSParameters, tokens: int, settings: TrainingSettings, ranks: int = 1, memory: int | None = None
 ) -> StepChoice:
     """`choose_packing` of hf_he.planner for a training step of `settings.sequences` examples, whose micro-batches `ranks` processes share; `make_model`
-    gives a new model each time. Packings whose encrypted weights would take more than `memory` bytes (half of this machine's) are not considered."""
-    memory = physical_memory_bytes() // 2 if memory is None else memory
+    gives a new model each time. Without `memory` bytes (this machine's) for a step, PEAK_TO_WEIGHTS times its encrypted weights, one feature per ciphertext
+    is not considered."""
+    memory = physical_memory_bytes() if memory is None else memory
     packings = [Packing.fit(parameters.slots, width, tokens) for width in packing_widths(make_model().config)]
     weights = {packing.features: AdapterLayout.of(adapted_model(make_model(), settings), packing).total for packing in packings}
     each = 2 * 8 * parameters.ring_degree * (parameters.max_level + 1 - SPREAD_DEPTH)
     bytes_ = {width: count * each for width, count in weights.items()}
+    peak = PEAK_TO_WEIGHTS * bytes_.get(1, 0)
     plans, seconds = {}, {}
     for packing in packings:
-        if packing.features > 1 or bytes_[1] <= memory or len(packings) == 1:
+        if packing.features > 1 or peak <= memory or len(packings) == 1:
             plans[packing] = plan_step(make_model(), parameters, packing, settings)
             seconds[packing] = sum(plans[packing].seconds(-(-settings.sequences // (packing.sequences * ranks))).values())
     packing, reason = cheapest_packing(seconds, settings.sequences)
     if len(plans) < len(packings):
-        reason = f"{packing.features} features per ciphertext, because encrypted weights of 1 would take more than {memory / 1e9:.1f} GB"
+        reason = f"{packing.features} features per ciphertext, because a step with 1 would take {peak / 1e9:.1f} GB of {memory / 1e9:.1f}"
     if ranks > 1:
         reason += f"; {ranks} processes share the packed batches"
     held = "; ".join(f"encrypted weights with {width} a ciphertext: {count:,} ciphertexts, {bytes_[width] / 1e9:.2f} GB" for width, count in weights.items())
