@@ -56,7 +56,7 @@ class Run:
         self.log = folder.with_suffix(".log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.begin, self.end, self.step = 0.0, 0.0, 0
+        self.begin, self.end, self.first, self.step = 0.0, 0.0, 0, 0
         self.starting, self.begun = threading.Event(), threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -67,7 +67,8 @@ class Run:
             if word == "Starting":
                 self.starting.set()
             elif word == "begin":
-                self.begin, self.step = time.monotonic(), int(number)
+                self.begin, self.first = time.monotonic(), int(number)
+                self.step = self.first
                 self.begun.set()
             elif word == "step":
                 self.end, self.step = time.monotonic(), int(number)
@@ -85,6 +86,11 @@ class Run:
         self._reader.join(10)
         return code
 
+    @property
+    def pace(self) -> float:
+        """Seconds per step of this process."""
+        return (self.end - self.begin) / max(self.step - self.first, 1)
+
     def errors(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
 
@@ -100,8 +106,7 @@ def difference(a: Path, b: Path) -> float:
 def test_killed_at_random_moments_it_resumes_and_ends_the_same(tiny, tmp_path):
     alone = Run(tiny, tmp_path / "alone")
     assert alone.wait() == 0, alone.errors()
-    pace = (alone.end - alone.begin) / STEPS
-    rng, kills, ended, number = random.Random(SEED), Counter(), [], 0
+    pace, rng, kills, ended, number = alone.pace, random.Random(SEED), Counter(), [], 0
     while kills.total() < CRASHES:
         folder = tmp_path / f"crashed-{number}"
         run, early, server = Run(tiny, folder), rng.random() < 0.2, rng.random() < 0.6
@@ -113,6 +118,7 @@ def test_killed_at_random_moments_it_resumes_and_ends_the_same(tiny, tmp_path):
             assert run.wait() != 0
         else:
             assert run.wait() == 0, run.errors()
+            pace = run.pace if run.step > run.first else pace
             ended.append(folder)
             number += 1
     run = Run(tiny, folder if folder not in ended else tmp_path / "crashed-last")
