@@ -11,14 +11,13 @@ from hf_he.ckks.parameters import parameter_set
 from hf_he.generation.model import load_decoder
 from hf_he.generation.plan import plan_generation
 from hf_he.packing import Packing
-from hf_he.scripts.generate import KERNELS
 from hf_he.scripts.plan import collect
 
 PER_DOUBLING = {"gaussian_kernel": 1, "normalized_gaussian_kernel": 2, "power_softmax": 2}
 """Rotations a layer: over the keys, and over the row sums where there are any."""
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PER_DOUBLING)
 def test_cost_of_a_token_at_16_32_and_64_tokens(kernel):
     model, parameters = load_decoder(default_decoder(kernel)), parameter_set("n14")
     layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
@@ -35,7 +34,7 @@ def test_hf_he_plan_takes_decoders():
     assert len(data["refreshes"]) == 13 and {row["kind"] for row in data["placement"]} == {"attention", "norm", "activation"}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PER_DOUBLING)
 def test_a_restarted_server_goes_on_with_the_same_tokens(kernel):
     directory, prompt = default_decoder(kernel), [[260, 41, 87, 300]]
     client = GenerationClient.from_pretrained(directory, backend="simulator", context=16)
