@@ -8,12 +8,14 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help install demo test install-fhelium test-fhelium style quality bench clean
 
-# FHElium needs Python 3.12 and a C++ compiler. FHELIUM_BACKENDS=CPU+CUDA takes nvcc of torch's CUDA version from CUDA_HOME or else from wheels;
-# CUDAARCHS=90, say, compiles for one architecture only.
+# FHElium needs Python 3.12 with its headers and a C++ compiler. FHELIUM_BACKENDS=CPU+CUDA takes nvcc of torch's CUDA version from CUDA_HOME or else from
+# wheels; CUDAARCHS=90, say, compiles for one architecture only; CMAKE_BUILD_PARALLEL_LEVEL=2 limits the compilers at a time.
 PYTHON312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python; do $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 FHELIUM_VENV := .venv-fhelium
 FHELIUM_BACKENDS ?= CPU
-FHELIUM := fhelium==0.30.0
+FHELIUM := fhelium-0.30.0
+# 18 C++ files that each read all of torch's headers, at most 7 together: more have names in common.
+FHELIUM_OPTIONS = -DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=7
 FHELIUM_COMPILED := $(FHELIUM_VENV)/.compiled-$(FHELIUM_BACKENDS)
 ifneq ($(findstring CUDA,$(FHELIUM_BACKENDS)),)
 CUDA_WHEELS := $(CURDIR)/$(FHELIUM_VENV)/lib/python3.12/site-packages/nvidia/cu13
@@ -25,7 +27,8 @@ help:
 	@echo "make install   set up .venv with hf_he and everything it needs"
 	@echo "make demo      encrypt real review sentences, classify them on ciphertexts, decrypt (ARGS='--refresh client': quicker)"
 	@echo "make test      the whole test suite"
-	@echo "make test-fhelium   contract suite and a small demo with the FHElium backend, in an environment of its own (5 GB with torch's CUDA libraries)"
+	@echo "make install-fhelium   the FHElium backend in an environment of its own (6 GB with torch's CUDA libraries); FHELIUM_BACKENDS=CPU+CUDA for GPUs"
+	@echo "make test-fhelium   the same, its contract suite and a small demo"
 	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 35 minutes)"
 	@echo "make style     format and fix;   make quality   check only"
 
@@ -45,7 +48,7 @@ test: $(STAMP)
 	@OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 $(FHELIUM_VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/fhelium.txt requirements/fhelium-build.txt
-	@test -n "$(PYTHON312)" || { echo "FHElium needs Python 3.12: install it, or run make PYTHON312=/path/to/python3.12 test-fhelium"; exit 1; }
+	@test -n "$(PYTHON312)" || { echo "FHElium needs Python 3.12: install it, or run make PYTHON312=/path/to/python3.12 install-fhelium"; exit 1; }
 	@$(PYTHON312) -m venv $(FHELIUM_VENV)
 	@echo "Installing into $(FHELIUM_VENV) (a few minutes)"
 	@$(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[all,test]'
@@ -59,10 +62,12 @@ ifeq ($(CUDA_HOME),$(CUDA_WHEELS))
 	@for file in $(CUDA_WHEELS)/lib/*.so.*; do ln -sf $$(basename $$file) $${file%%.so.*}.so; done; ln -sfn lib $(CUDA_WHEELS)/lib64
 endif
 endif
-	@echo "Compiling FHElium for $(FHELIUM_BACKENDS) (about ten minutes)"
+	@echo "Compiling FHElium for $(FHELIUM_BACKENDS): minutes; interrupted, the same command goes on"
 	@rm -f $(FHELIUM_VENV)/.compiled-*
-	@CMAKE_ARGS=-DFHELIUM_NATIVE_BACKENDS=$(FHELIUM_BACKENDS) $(FHELIUM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
-		--force-reinstall --no-deps --no-binary=fhelium --no-build-isolation --no-cache-dir $(FHELIUM)
+	@test -d $(FHELIUM_VENV)/$(FHELIUM) || { $(FHELIUM_VENV)/bin/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary=fhelium \
+		--no-build-isolation --dest $(FHELIUM_VENV) $(subst -,==,$(FHELIUM)) && tar -xzf $(FHELIUM_VENV)/$(FHELIUM).tar.gz -C $(FHELIUM_VENV); }
+	@CMAKE_ARGS="$(FHELIUM_OPTIONS)" $(FHELIUM_VENV)/bin/python -m pip install -v --disable-pip-version-check \
+		--force-reinstall --no-deps --no-build-isolation --config-settings=build.verbose=false $(FHELIUM_VENV)/$(FHELIUM)
 	@touch $@
 
 install-fhelium: $(FHELIUM_COMPILED)
