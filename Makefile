@@ -29,7 +29,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make install-fhelium   the FHElium backend in an environment of its own (6 GB with torch's CUDA libraries); FHELIUM_BACKENDS=CPU+CUDA for GPUs"
 	@echo "make test-fhelium   the same, its contract suite and a small demo"
-	@echo "make bench     install the peer libraries into .bench and compare the engine with them (about 35 minutes)"
+	@echo "make bench     install the peer libraries into .bench and compare the engine with them (20 to 35 minutes)"
 	@echo "make style     format and fix;   make quality   check only"
 
 $(STAMP): pyproject.toml requirements/constraints.txt

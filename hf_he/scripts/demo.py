@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.text import Text
 
 from hf_he.backends import HEBackend, backend_class, default_device
 from hf_he.checkpoints import default_model
@@ -25,6 +26,7 @@ from hf_he.results import InferenceResult
 from hf_he.scripts.display import (
     count_progress,
     data_size,
+    notice,
     print_json,
     print_measurements,
     print_notices,
@@ -142,11 +144,11 @@ def demo(
         print_summary(data)
     agrees = data["agreement"] is not None and data["agreement"] >= REQUIRED_AGREEMENT
     if not agrees:
-        say(f"[red]encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences[/]")
+        say(Text(f"encrypted and plaintext predictions agree on less than {REQUIRED_AGREEMENT:.0%} of the sentences", "red"))
     return agrees
 
 
 def _check_memory(backend: str, refresh: str) -> None:
     available = psutil.virtual_memory().available / 1e9
     if refresh == "bootstrap" and backend_class(backend).name == "native" and available < BOOTSTRAPPING_GB:
-        say(f"[yellow]notice:[/] {available:.1f} GB of memory are available, this takes up to {BOOTSTRAPPING_GB}: with --refresh client 3 GB are enough")
+        notice(f"{available:.1f} GB of memory are available, this takes up to {BOOTSTRAPPING_GB}: with --refresh client 3 GB are enough")

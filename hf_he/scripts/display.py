@@ -21,8 +21,13 @@ disable_progress_bar()
 
 
 def say(text: str | Text) -> None:
-    """A line on stderr, broken only by the terminal itself."""
-    messages.print(text, soft_wrap=True, highlight=False)
+    """A line on stderr as it is, [brackets] included, broken only by the terminal itself."""
+    messages.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def notice(text: str) -> None:
+    """What the user should know but need not act on."""
+    say(Text.assemble(("notice:", "yellow"), " ", text))
 
 
 def data_size(size: float) -> str:
@@ -86,7 +91,7 @@ def print_notices(sentences: list[Sentence] | tuple[Sentence, ...], limit: int) 
     """Say which sentences were cut and which were refused."""
     cut = sum(sentence.truncated for sentence in sentences)
     if cut:
-        say(f"[yellow]notice:[/] {cut} of {len(sentences)} sentences are longer than {limit} tokens and were cut there")
+        notice(f"{cut} of {len(sentences)} sentences are longer than {limit} tokens and were cut there")
     for sentence in sentences:
         if sentence.refused is not None:
             say(Text.assemble(("refused: ", "red"), f"{sentence.text[:60]!r}: {sentence.refused}"))

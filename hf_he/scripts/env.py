@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 from rich.table import Table
+from rich.text import Text
 
 from hf_he.backends import available_backends
 from hf_he.ckks.parameters import MAX_LOG2_QP, PARAMETER_SETS, parameter_set
@@ -67,7 +68,7 @@ def env(json_output: bool) -> None:
     console.print(machine)
     backends = Table("backend", "available", "reason", title="Backends")
     for name, entry in data["backends"].items():
-        backends.add_row(name, "yes" if entry["available"] else "no", entry["reason"])
+        backends.add_row(name, "yes" if entry["available"] else "no", Text(entry["reason"]))
     console.print(backends)
     sets = Table("set", "N", "slots", "levels", "scale", "log2 QP", "limit", "security", title="Parameter sets (ternary secret, classical, 128-bit table)")
     for name, entry in data["parameter_sets"].items():

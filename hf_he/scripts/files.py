@@ -31,6 +31,7 @@ from hf_he.scripts.display import (
     console,
     count_progress,
     data_size,
+    notice,
     print_json,
     print_measurements,
     print_notices,
@@ -169,9 +170,6 @@ def serve(
                 notice(
                     f"{host} is reachable from other machines, without encryption of the transport or a log-in: put a proxy with both in front (SECURITY.md)"
                 )
-
-    def notice(text: str) -> None:
-        say(f"[yellow]notice:[/] {text}")
 
     try:
         if finetune is not None:
