@@ -13,6 +13,7 @@ import torch
 
 from hf_he.checkpoints import load_classifier
 from hf_he.data import TextDataset
+from hf_he.errors import CheckpointError
 from hf_he.evaluation import encode_texts, evaluate_model
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import TrainingSettings
@@ -109,11 +110,16 @@ def report_of(trainer: EncryptedTrainer, announce: Callable[[str], None] = lambd
 
 
 def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[str, Any]:
-    """The recipe in the clear and in polynomial mode: the same contract, null for what only an encrypted run has. Writes `output_dir`/adapter."""
+    """The recipe in the clear and in polynomial mode: the same contract, null for what only an encrypted run has. Writes `output_dir`/adapter.
+
+    Raises CheckpointError where that folder holds an encrypted run, whose decrypted adapter it would replace.
+    """
     from hf_he.client import Client
     from hf_he.finetuning.calibration import calibrate
-    from hf_he.finetuning.trainer import accepted
+    from hf_he.finetuning.trainer import RUN_FILE, accepted
 
+    if (Path(args.output_dir) / "client" / RUN_FILE).is_file():
+        raise CheckpointError(f"{args.output_dir} holds an encrypted run, whose adapter this one would replace: choose another output folder (--output-dir)")
     (train, dev), model = recipe.datasets(), recipe.start_model(args.output_dir)
     client = Client.from_pretrained(model, backend="simulator")
     tokenizer = client.tokenizer

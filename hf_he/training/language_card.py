@@ -43,8 +43,8 @@ between embedding and logits has a form under CKKS homomorphic encryption: {atte
 import hf_he  # registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")  # plaintext; config.mode is "polynomial"
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("model_cards/{name}")  # plaintext; config.mode is "polynomial"
+tokenizer = AutoTokenizer.from_pretrained("model_cards/{name}")
 prompt = tokenizer("The people of the United States", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]))
 ```

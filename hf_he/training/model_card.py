@@ -40,8 +40,8 @@ the secret key. Made and run by hf_he (`pip install hf-he`).
 import hf_he  # registers the architecture
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{name}")  # plaintext; config.mode is "polynomial"
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSequenceClassification.from_pretrained("model_cards/{name}")  # plaintext; config.mode is "polynomial"
+tokenizer = AutoTokenizer.from_pretrained("model_cards/{name}")
 ```
 
 Without `import hf_he`, pass `trust_remote_code=True`; `modeling_hf_he.py` then imports the installed package. Encrypted: `hf-he demo --model {name}`.

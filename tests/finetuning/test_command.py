@@ -42,6 +42,8 @@ def test_encrypted_with_a_server_process(recipe, tmp_path):
     assert (tmp_path / "run" / "losses.png").stat().st_size > 1000 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     with pytest.raises(CheckpointError, match="holds a run already"):
         run("--encrypted", "--config", recipe, "--backend", "simulator", "--max-steps", 2)
+    with pytest.raises(CheckpointError, match="holds an encrypted run, whose adapter"):
+        run("--config", recipe, "--max-steps", 2)
     output = run("--encrypted", "--config", recipe, "--backend", "simulator", "--max-steps", 2, "--resume")
     for expected in ("Loss before each update", "Server time of a step", "planner's estimate", "adapter against the twin", "2 in all"):
         assert expected in output
