@@ -158,7 +158,8 @@ def unpack_residues(packed: np.ndarray, modulus: int) -> np.ndarray:
 
 
 def write_file(path: str | Path, data: bytes, *, secret: bool = False, mapped: bool = False, keep: str | Path | None = None) -> None:
-    """Write atomically (a temporary file in the same folder, then a rename); `secret` gives mode 0600 from the first byte on.
+    """Write atomically (a temporary file in the same folder, then a rename); a `secret` file has mode 0600 from the first byte on and is on the disk
+    before its name is.
 
     `mapped` marks a file that `map_file` reads as read-only: it can be replaced or deleted while it is mapped, but not truncated.
     With `keep`, the file that was there stays under that name, and bytes and names are on the disk before this returns: whenever the
@@ -172,7 +173,7 @@ def write_file(path: str | Path, data: bytes, *, secret: bool = False, mapped: b
             os.fchmod(descriptor, 0o444 if mapped else 0o644)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-            if keep is not None:
+            if secret or keep is not None:
                 file.flush()
                 os.fsync(file.fileno())
         if keep is not None and path.exists():
@@ -229,6 +230,12 @@ def map_file(path: str | Path, what: str) -> memoryview:
 def _unreadable(path: str | Path, what: str, error: Exception) -> str:
     command = _WRITTEN_BY.get(what)
     return f"cannot read the {what} file {path}: {getattr(error, 'strerror', None) or error}" + (f"; `hf-he {command}` writes it" if command else "")
+
+
+def rename(path: str | Path, target: str | Path) -> None:
+    """Give a file another name in its folder, in place of what has that name; on the disk when this returns."""
+    os.replace(path, target)
+    _sync_folder(Path(target).parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from hf_he.errors import CheckpointError, HEError
 from hf_he.finetuning.protocol import RunId, TrainingSettings
 from hf_he.protocol import Identity, as_array, as_bytes
-from hf_he.serialization import pack, read_file, unpack, write_file
+from hf_he.serialization import pack, read_file, rename, unpack, write_file
 
 CHECKPOINT_KIND = "finetune_checkpoint"
 CURRENT, PREVIOUS, LOCK = "checkpoint", "previous", "lock"
@@ -85,6 +85,7 @@ class CheckpointStore:
     def load(self, step: int | None = None) -> Checkpoint | None:
         """The last whole checkpoint, or that of `step`; None in an empty folder. Falls back to the previous one with a message.
 
+        The one it falls back to becomes the current one, so that saving the step after it keeps it as the previous one.
         Raises CheckpointError when there are files and none can be read, or none is of `step`.
         """
         failures = []
@@ -102,6 +103,8 @@ class CheckpointStore:
                 continue
             if failures:
                 self._announce(f"{failures[0]}; going on from the previous checkpoint, step {checkpoint.step}")
+            if name == PREVIOUS:
+                rename(path, self.folder / CURRENT)
             return checkpoint
         if failures:
             raise CheckpointError(f"no checkpoint can be read ({'; '.join(failures)}): start again in an empty folder")

@@ -270,8 +270,11 @@ class Answers:
         if message_kind(data) != QUESTION_KIND:
             return self._refresher(data)
         training, question = self._training, Question.from_bytes(data)
-        location = training.settings.loss_location if question.about == LOSS else training.settings.optimizer_location
-        if location != "client" or question.step != self._step or question.batch >= len(self._rows):
+        if question.about == LOSS:
+            location, times = training.settings.loss_location, len(self._rows)
+        else:
+            location, times = training.settings.optimizer_location, 1
+        if location != "client" or question.step != self._step or question.batch >= times:
             raise RefreshError(f"the server asked about the {question.about} of step {question.step}, which is not this client's part: do not trust it")
         if (question.about, question.batch) in self._answered:
             raise RefreshError(f"the server asked about the {question.about} of micro-batch {question.batch} twice: do not trust it, or report a bug")

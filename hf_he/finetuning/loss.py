@@ -78,10 +78,16 @@ class CrossEntropy:
 
     @property
     def reciprocal(self) -> Reciprocal:
-        """1 / v of that sum over `largest_sum`, within 1e-3; the smallest v is that of equal logits."""
+        """1 / v of that sum over `largest_sum`, within 1e-3; the smallest v is that of equal logits. Raises ParameterError where none is that close."""
         interval = (self.num_labels / self.largest_sum, 1.0)
         candidates = (fit_reciprocal(interval, RECIPROCAL_DEGREE, steps) for steps in range(1, 16))
-        return next(found for found in candidates if found.max_error < 1e-3)
+        found = next((reciprocal for reciprocal in candidates if reciprocal.max_error < 1e-3), None)
+        if found is None:
+            raise ParameterError(
+                f"the softmax of {self.num_labels} classes whose logits spread by up to {self.bound:g} has no reciprocal within 1e-3: "
+                "let the client take the loss (--loss-location client), or lower loss_bound"
+            )
+        return found
 
     def reference(self, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """[rows, classes] gradient with the same polynomials; `labels` [rows] are classes. Raises RangeError for logits beyond the bound."""

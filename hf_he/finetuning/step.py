@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,26 +10,26 @@ import torch
 from torch import nn
 
 from hf_he.backends import Ciphertext
+from hf_he.errors import ModelMismatchError
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.finetuning.loss import CrossEntropy, MeanSquaredError
 from hf_he.finetuning.optimizer import SGD, AdamWHE, Optimizer, fitting
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.schedule import learning_rate
 from hf_he.ops.operand import Operand
-from hf_he.peft import HELoraConfig
+from hf_he.peft import HELoraConfig, with_fresh_adapter
 from hf_he.tensor import EncryptedSession, state_tensor
 
 Ask = Callable[[Ciphertext], Ciphertext]
 
 
 def adapted_model(model: nn.Module, settings: TrainingSettings) -> nn.Module:
-    """`model` as a PEFT model with a fresh adapter of these settings; the classifier is trained too (`modules_to_save`)."""
-    from peft import get_peft_model
-
+    """`model` as a PEFT model with a fresh adapter of these settings; the classifier is trained too. Raises ModelMismatchError without such modules."""
     config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), modules_to_save=["classifier"], task_type="SEQ_CLS")
-    with warnings.catch_warnings():  # peft reads a name that transformers has deprecated
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, config).eval()
+    try:
+        return with_fresh_adapter(model, config)
+    except ValueError as error:
+        raise ModelMismatchError(f"this model has no modules {', '.join(settings.target_modules)} to adapt: name its linear layers") from error
 
 
 def make_optimizer(settings: TrainingSettings) -> Optimizer:

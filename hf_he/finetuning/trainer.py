@@ -28,11 +28,11 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_he.checkpoints import load_classifier
 from hf_he.client import Client
-from hf_he.data import TextDataset
-from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, TrainingError
 from hf_he.evaluation import evaluate_model
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.client import TrainingClient
+from hf_he.finetuning.examples import accepted, as_text_dataset, check_examples
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.plan import choose_step_packing
 from hf_he.finetuning.protocol import RunId, TrainingSettings
@@ -125,8 +125,9 @@ class EncryptedTrainer:
         return metrics
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Write the adapter, in the clear and for the client only, as a plain PEFT adapter; default: `output_dir`/adapter."""
+        """Write the adapter, in the clear and for the client only (mode 0700), as a plain PEFT adapter; default: `output_dir`/adapter."""
         folder = Path(output_dir or self.folder / "adapter")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         model = self._opened().model
         for config in model.peft_config.values():
             config.base_model_name_or_path = str(self.model_folder)
@@ -169,6 +170,7 @@ class EncryptedTrainer:
         dataset, args = self.train_dataset, self.args
         how = {"backend": args.backend, "parameters": args.parameter_set_name, "features": args.features}
         client = Client.from_pretrained(self.model_folder, keys=keys if ready else None, **how)
+        check_examples(dataset, client.model.config.num_labels)
         self.order = DataOrder(len(dataset), args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed)
         if saved is None:
             saved = {"run": secrets.token_hex(8), "order_key": secrets.token_hex(32), "settings": asdict(self._calibrated(client))}
@@ -353,30 +355,6 @@ class EncryptedTrainer:
         if self.training is None:
             raise TrainingError("this run is not open yet: call train() first")
         return self.training
-
-
-def accepted(client: Client, dataset: TextDataset, rows: Sequence[int]) -> tuple[list[int], str | None]:
-    """Those of `rows` whose values stay in every fitted range of the client's model, and a line about the others. Raises RangeError when there are none."""
-    sentences = client.prepare([dataset.first[row] for row in rows])
-    kept = [row for row, sentence in zip(rows, sentences, strict=True) if sentence.refused is None]
-    refused = [sentence.refused for sentence in sentences if sentence.refused is not None]
-    if not kept:
-        raise RangeError(f"every example of a step was refused; the first: {refused[0]}")
-    return kept, f"{len(refused)} of {len(rows)} examples are left out ({refused[0]})" if refused else None
-
-
-def as_text_dataset(dataset: Any, split: str) -> TextDataset:
-    """A TextDataset as it is; of anything else with columns, text (or sentence) and label (or labels). Raises DataError without them."""
-    if isinstance(dataset, TextDataset):
-        return dataset
-    names = getattr(dataset, "column_names", None) or (list(dataset) if isinstance(dataset, dict) else [])
-    text = next((name for name in ("text", "sentence") if name in names), None)
-    label = next((name for name in ("label", "labels") if name in names), None)
-    if text is None or label is None:
-        raise DataError(f"a training set needs the columns text (or sentence) and label, this one has {', '.join(names) or 'none'}: rename them")
-    return TextDataset(
-        "stsb" if any(isinstance(value, float) for value in dataset[label]) else "mr", split, tuple(map(str, dataset[text])), None, tuple(dataset[label])
-    )
 
 
 def _saved(model: str | Path | PreTrainedModel, processing_class: Any, folder: Path) -> Path:

@@ -43,6 +43,13 @@ def test_round_trip_and_the_one_before(store):
         store.load(1)
 
 
+def test_a_rank_that_falls_back_again_and_again_keeps_the_step_the_others_are_at(store):
+    store.save(CHECKPOINT)
+    for _ in range(3):
+        store.save(replace(CHECKPOINT, step=2))
+        assert store.load(1) == CHECKPOINT
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one_and_says_so(tmp_path, damage):
     said = []
@@ -57,10 +64,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one_and_says_so(tmp_pat
         path.write_bytes({"truncated": data[:-5], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[damage])
     assert store.load() == CHECKPOINT
     assert damage == "gone" or ("previous checkpoint, step 1" in said[0] and str(path) in said[0])
-    (tmp_path / PREVIOUS).write_bytes(b"x")
-    if damage != "gone":
-        with pytest.raises(CheckpointError, match="no checkpoint can be read"):
-            store.load()
+    assert (tmp_path / CURRENT).exists() and not (tmp_path / PREVIOUS).exists()
+    for name in (CURRENT, PREVIOUS):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="no checkpoint can be read"):
+        store.load()
     store.close()
 
 

@@ -110,6 +110,11 @@ def test_calibration_leaves_room():
     assert CrossEntropy.calibrated(np.array([[6.0, 0.0, 0.0, 0.0]])).num_labels == 4
 
 
+def test_too_wide_a_softmax_of_many_classes_names_the_way_out():
+    with pytest.raises(ParameterError, match=r"3 classes whose logits spread by up to 20 .*--loss-location client"):
+        _ = CrossEntropy(3, 20.0).reciprocal
+
+
 def test_wrong_settings_and_models(lab):
     with pytest.raises(ParameterError, match="MeanSquaredError"):
         CrossEntropy(num_labels=1)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hf_he.checkpoints import load_classifier
 from hf_he.client import Client
 from hf_he.data import TextDataset
-from hf_he.errors import CheckpointError, DataError, ParameterError, RefreshError, TrainingError
+from hf_he.errors import CheckpointError, DataError, ModelMismatchError, ParameterError, RefreshError, TrainingError
 from hf_he.evaluation import encode_texts
 from hf_he.finetuning.checkpoint import CURRENT
 from hf_he.finetuning.protocol import TrainingSettings
@@ -227,6 +227,21 @@ class TestRefusals:
         with pytest.raises(DataError, match="nothing to train on"):
             new_trainer(data=None).train()
 
+    @pytest.mark.parametrize("label", [-1, 2, 0.5, float("nan")])
+    def test_labels_that_are_no_classes(self, new_trainer, label):
+        data = TextDataset("mr", "train", tuple(SENTENCES), None, (1, 0, 1, 0, label))
+        with pytest.raises(DataError, match="none of the model's classes 0 to 1"):
+            new_trainer(data=data).prepare()
+
+    def test_sentence_pairs(self, new_trainer):
+        data = TextDataset("rte", "train", tuple(SENTENCES), tuple(SENTENCES), (1, 0, 1, 0, 1))
+        with pytest.raises(DataError, match="rte has pairs"):
+            new_trainer(data=data).prepare()
+
+    def test_modules_that_the_model_lacks(self, new_trainer):
+        with pytest.raises(ModelMismatchError, match="no modules nonsense"):
+            new_trainer(target_modules=("nonsense",)).prepare()
+
     def test_keys_of_a_run_are_private(self, new_trainer, tmp_path):
         new_trainer().prepare()
         own = tmp_path / "run" / "client"
@@ -235,11 +250,13 @@ class TestRefusals:
         assert settings.sequences == 10
 
 
-def test_a_datasets_dataset_works(new_trainer, in_process):
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_a_datasets_dataset_works(new_trainer, in_process, form):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"sentence": SENTENCES * 3, "label": [1, 0, 1, 0, 1] * 3})
+    rows = datasets.Dataset.from_dict({"sentence": SENTENCES * 3, "label": [1, 0, 1, 0, 1] * 3}).with_format(form)
     trainer = new_trainer(data=rows)
     assert trainer.train_dataset.first == tuple(SENTENCES * 3) and trainer.train_dataset.labels[:2] == (1, 0)
+    assert type(trainer.train_dataset.labels[0]) is int
 
 
 class TestOneFeaturePerCiphertext:
