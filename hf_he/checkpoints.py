@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_he.errors import CorruptFileError, DataError, HEError
@@ -90,20 +91,33 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_classifier(directory: str | Path) -> torch.nn.Module:
-    """A sequence classifier in eval and polynomial mode, float32. Raises DataError when the folder holds none, CorruptFileError for a damaged one.
+def load_classifier(directory: str | Path) -> PreTrainedModel:
+    """A sequence classifier in eval and polynomial mode, float32; see `load_polynomial`."""
+    return load_polynomial(AutoModelForSequenceClassification, directory, "ForSequenceClassification", "classifier")
+
+
+def load_polynomial(auto_class: Any, directory: str | Path, suffix: str, what: str) -> PreTrainedModel:
+    """The model of a folder in eval and polynomial mode, float32. Raises DataError when the folder holds none, CorruptFileError for a damaged one.
 
     Weights are read from safetensors only: those the fingerprint covers, and nothing that unpickling could execute.
     """
     model_fingerprint(directory)
-    check_architecture(Path(directory), "ForSequenceClassification", "a classifier")
+    check_architecture(Path(directory), suffix, f"a {what}")
     try:
         with quiet_loading():
-            model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+            model = auto_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         model.eval()
         model.set_mode("polynomial")
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         if isinstance(error, HEError):
             raise
-        raise CorruptFileError(f"{directory} holds no usable polynomial-mode classifier ({type(error).__name__}): copy or convert the model again") from error
+        raise CorruptFileError(f"{directory} holds no usable polynomial-mode {what} ({type(error).__name__}): copy or convert the model again") from error
     return model
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises DataError when it holds none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None

@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from hf_he.backends import Ciphertext, HEBackend, get_backend
-from hf_he.checkpoints import load_classifier, model_fingerprint
+from hf_he.checkpoints import load_classifier, load_tokenizer, model_fingerprint
 from hf_he.ckks.parameters import parameter_set
 from hf_he.errors import CorruptFileError, DataError, ParameterError, RangeError, RefreshError, WrongKeyError
 from hf_he.flooding import flood
@@ -105,7 +104,7 @@ class Client:
         self.directory = Path(directory)
         self.backend = backend
         self.model = load_classifier(directory).double()
-        self.tokenizer = _load_tokenizer(self.directory)
+        self.tokenizer = load_tokenizer(self.directory)
         self.model_fingerprint = model_fingerprint(directory)
         widths = packing_widths(self.model.config)
         self.packings = {width: Packing.fit(backend.parameters.slots, width, SEQUENCE_LENGTH) for width in widths}
@@ -348,10 +347,3 @@ def _shifted(progress: Progress | None, offset: int, total: int) -> Progress | N
     if progress is None:
         return None
     return lambda event: progress(event | {"batch": event["batch"] + offset, "batches": total} if "batch" in event else event)
-
-
-def _load_tokenizer(directory: Path):
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None

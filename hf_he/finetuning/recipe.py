@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
-from hf_he.checkpoints import find_model, load_classifier
+from hf_he.checkpoints import find_model, load_classifier, load_tokenizer
 from hf_he.data import TASKS, TextDataset, load_dataset
 from hf_he.errors import DataError
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
@@ -51,7 +50,7 @@ class FinetuneRecipe:
             raise DataError(f"recipe: the model has no layer {sorted(unknown)[0]!r} with a polynomial: they are {', '.join(sorted(entries))}")
         model.set_approximations({name: {**entry, **self.approximations.get(name, {})} for name, entry in entries.items()})
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.model_folder, local_files_only=True).save_pretrained(folder)
+        load_tokenizer(self.model_folder).save_pretrained(folder)
         return folder
 
     def datasets(self) -> tuple[TextDataset, TextDataset]:

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
-from hf_he.checkpoints import load_classifier, model_fingerprint
+from hf_he.checkpoints import load_classifier, load_tokenizer, model_fingerprint
 from hf_he.ckks.parameters import parameter_set
 from hf_he.data import TextDataset
 from hf_he.errors import ApproximationError, CorruptFileError, LevelError, RangeError
@@ -122,7 +121,7 @@ class Study:
     ) -> None:
         self.folder, self.train, self.dev, self.settings, self.results, self.seeds = Path(model), train, dev, settings, Path(results), tuple(seeds)
         self.parameters, self.eps_ratio = parameters, eps_ratio
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        self.tokenizer = load_tokenizer(self.folder)
         self._key = {"model": model_fingerprint(self.folder), "task": train.task, "rows": [len(train), len(dev)]}
         training = ("optimizer", "learning_rate", "schedule", "warmup_steps", "target_modules")
         self._key |= {"parameters": parameters, "eps_ratio": eps_ratio} | {name: getattr(settings, name) for name in training}

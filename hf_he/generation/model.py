@@ -6,12 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_he.checkpoints import check_architecture, model_fingerprint, quiet_loading
-from hf_he.errors import CorruptFileError, DataError, HEError
+from hf_he.checkpoints import load_polynomial, model_fingerprint
+from hf_he.errors import CorruptFileError, DataError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ENCRYPTED_ADAPTER_FILE = "adapter.enc"
@@ -22,17 +21,7 @@ def load_decoder(directory: str | Path, adapter: str | Path | None = None) -> Pr
 
     Raises DataError when a folder holds none, CorruptFileError for a damaged one. Weights are read from safetensors only.
     """
-    model_fingerprint(directory)
-    check_architecture(Path(directory), "ForCausalLM", "a decoder")
-    try:
-        with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        model.eval()
-        model.set_mode("polynomial")
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        if isinstance(error, HEError):
-            raise
-        raise CorruptFileError(f"{directory} holds no usable polynomial-mode decoder ({type(error).__name__}): copy or convert the model again") from error
+    model = load_polynomial(AutoModelForCausalLM, directory, "ForCausalLM", "decoder")
     return model if adapter is None else _with_adapter(model, Path(adapter))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from hf_he.backends import backend_class
-from hf_he.checkpoints import default_decoder
+from hf_he.checkpoints import default_decoder, load_tokenizer
 from hf_he.client import BOOTSTRAPPING_PARAMETERS
 from hf_he.errors import DataError, ParameterError
 from hf_he.generation.adapter import lora_of
@@ -48,7 +48,7 @@ def generate(
 ) -> bool:
     """Run and print; False when a token differs from the one that polynomial mode picks."""
     directory = model or default_decoder(kernel)
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     length = inputs["input_ids"].shape[1]
     if not 1 <= length <= context:
@@ -168,13 +168,6 @@ def _print(data: dict[str, Any], generation: Generation, seconds: float) -> None
         console.print("the same tokens as in plaintext polynomial mode", style="bold")
     else:
         console.print(f"plaintext polynomial mode picks other tokens: {data['tokens_polynomial']}, not {data['tokens']}", style="red")
-
-
-def _tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None
 
 
 def _mean(values: list[float]) -> float | None:
