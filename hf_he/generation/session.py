@@ -77,20 +77,33 @@ class Generation:
     seconds: dict[str, float] = field(default_factory=lambda: {"encrypt": 0.0, "server": 0.0, "decrypt": 0.0}, repr=False)
     sizes: dict[str, int] = field(default_factory=lambda: {"sent": 0, "received": 0}, repr=False)
     max_logit_error: float | None = None
+    _unanswered: list[int] | None = field(default=None, init=False, repr=False)
+    _clipped: bool = field(default=False, init=False, repr=False)
 
     def step(self, tokens: Sequence[int], progress: Progress | None = None) -> np.ndarray:
-        """Append one token per sequence; the logits of the next. Raises GenerationError when there is no room, RangeError as `Reference`."""
-        client = self.client
+        """Append one token per sequence; the logits of the next. After a failure (of the connection, of a refresh) the same tokens may be sent again.
+
+        Raises GenerationError when there is no room, for other tokens than those of a step that failed, which the server may hold by now, and once a
+        refreshed value was clipped; RangeError as `Reference`, and at that value.
+        """
+        client, tokens = self.client, [int(token) for token in tokens]
         if len(tokens) != len(self.lengths):
             raise ShapeError(f"{len(tokens)} tokens for {len(self.lengths)} sequences: give one each")
+        if self._clipped:
+            raise GenerationError("a value of this generation left its range, and the server's cache keeps what came of it: begin another one")
         if max(self.lengths) >= client.max_tokens:
             raise GenerationError(f"{max(self.lengths)} tokens fill the cache: use a larger max_tokens on client and server")
-        if self.reference is not None:
-            self.reference.step(tokens)
+        if self._unanswered is None:
+            if self.reference is not None:
+                self.reference.step(tokens)
+            self._unanswered = tokens
+        elif tokens != self._unanswered:
+            raise GenerationError("the last step failed and the server may hold its tokens: send the same ones again, or begin another generation")
         start = time.perf_counter()
         message = client.encrypted_token(self.name, max(self.lengths), tokens if self.select == CLIENT else None)
         self.seconds["encrypt"] += time.perf_counter() - start
         self.receive(message, progress)
+        self._unanswered = None
         self.lengths = [length + 1 for length in self.lengths]
         return self.logits
 
@@ -117,6 +130,7 @@ class Generation:
         start = time.perf_counter()
         answer = self.server.infer(message, refresher, progress)
         self.seconds["server"] += time.perf_counter() - start
+        self._clipped = bool(refresher.clipped)
         refresher.check()
         start = time.perf_counter()
         result = EncryptedResult.from_bytes(answer)

@@ -7,7 +7,7 @@ import pytest
 from tiny_decoder import save_tiny_decoder
 
 from hf_he import GenerationClient, GenerationServer
-from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, RefreshError, SecretKeyOnServerError, ShapeError, WrongKeyError
+from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, RangeError, RefreshError, SecretKeyOnServerError, ShapeError, WrongKeyError
 from hf_he.generation.messages import CacheRequest, EncryptedPrompt, EncryptedToken, StoredCache
 from hf_he.generation.server import MAX_GENERATIONS
 from hf_he.local_server import local_server
@@ -140,6 +140,48 @@ class TestMessages:
         with pytest.raises(RefreshError):
             server.infer(client.encrypted_token(generation.name, 4, TOKENS[0]), fails_late)
         np.testing.assert_allclose(generation.step(TOKENS[0]), expected.step(TOKENS[0]), atol=1e-4)
+
+    @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+    def test_a_step_whose_answer_is_lost_is_repeated_with_the_same_tokens(self, client, server, done):
+        """Before or after the server appended them: who asks again cannot know."""
+
+        class Lossy:
+            fails = False
+
+            def infer(self, data, refresh, progress=None):
+                if self.fails:
+                    self.fails = False
+                    if done:
+                        server.infer(data, refresh, progress)
+                    raise ConnectionError("gone")
+                return server.infer(data, refresh, progress)
+
+        lossy = Lossy()
+        generation, expected = client.begin(PROMPTS, lossy), client.begin(PROMPTS, server)
+        lossy.fails = True
+        with pytest.raises(ConnectionError):
+            generation.step(TOKENS[0])
+        with pytest.raises(GenerationError, match="the same ones again"):
+            generation.step(TOKENS[1])
+        for tokens in TOKENS:
+            np.testing.assert_allclose(generation.step(tokens), expected.step(tokens), atol=1e-4)
+        assert generation.max_logit_error < 1e-3 and generation.lengths == expected.lengths
+
+    def test_a_clipped_value_ends_the_generation(self, client, server, monkeypatch):
+        """Its cache is wrong from then on, also where the answer to a repeated token would need no refresh and look fine."""
+        generation, check = client.begin(PROMPTS, server), client.refresher
+
+        def narrow():
+            refresher = check()
+            refresher.bound = 1e-3
+            return refresher
+
+        monkeypatch.setattr(client, "refresher", narrow)
+        with pytest.raises(RangeError, match="the result is wrong"):
+            generation.step(TOKENS[0])
+        monkeypatch.undo()
+        with pytest.raises(GenerationError, match="begin another one"):
+            generation.step(TOKENS[0])
 
     def test_out_of_step_full_or_unknown(self, client, server):
         generation = client.begin(PROMPTS, server)
