@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from hf_he.backends import HEBackend
-from hf_he.errors import CorruptFileError, ModelMismatchError
+from hf_he.errors import CorruptFileError, ModelMismatchError, ParameterError
 from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.generation.model import ENCRYPTED_ADAPTER_FILE as ADAPTER_FILE
 from hf_he.keys import Keys
@@ -29,6 +29,8 @@ from hf_he.tensor import EncryptedSession
 
 ADAPTER_KIND = "encrypted_lora"
 _MODULE = re.compile(r"[A-Za-z0-9_.]{1,64}")
+_MERGE = "train it again without, or merge it into the model first (merge_and_unload), which the server then sees"
+_NO_FORM = f"has no encrypted form: {_MERGE}"
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,25 @@ class EncryptedLora:
 
 
 def lora_of(adapter: str | Path) -> HELoraConfig:
-    """Rank and target modules of a plain PEFT adapter: what the keys for its encrypted form must cover."""
-    config = LoraConfig.from_pretrained(str(adapter))
+    """Rank and target modules of a plain PEFT adapter: what the keys for its encrypted form must cover.
+
+    Raises ParameterError when it is more than matrices lora_A and lora_B of one rank in modules of these names.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, LoraConfig):
+        raise ParameterError(f"{adapter} is a {config.peft_type} adapter, which {_NO_FORM}")
+    refused = {
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "bias": config.bias != "none",
+        "rank_pattern": config.rank_pattern,
+        "modules_to_save": config.modules_to_save,
+        "init_lora_weights, which changes the model": config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"),
+        "target_modules as a regular expression": isinstance(config.target_modules, str),
+    }
+    wrong = [name for name, found in refused.items() if found]
+    if wrong:
+        raise ParameterError(f"the adapter in {adapter} has {', '.join(wrong)}, which {_NO_FORM}")
     return HELoraConfig(r=config.r, target_modules=sorted(config.target_modules))
 
 
@@ -104,14 +123,30 @@ def is_encrypted(adapter: str | Path | None) -> bool:
 
 
 def encrypt_adapter(model: PreTrainedModel, adapter: str | Path, identity: Identity, packing: Packing, backend: HEBackend, keys: Keys) -> EncryptedLora:
-    """A plain PEFT adapter of `model` encrypted under the client's keys, its scaling folded into lora_B. `identity` names the model without it."""
+    """A plain PEFT adapter of `model` encrypted under the client's keys, each layer's scaling folded into its lora_B. `identity` names the model without it.
+
+    Raises ParameterError as `lora_of`, and when the adapter changes anything else in the model.
+    """
+    config = lora_of(adapter)
     plain = PeftModel.from_pretrained(copy.deepcopy(model), adapter, local_files_only=True)
-    config = plain.peft_config["default"]
     lora = EncryptedLora(identity, config.r, tuple(sorted(config.target_modules)), b"")
     tuned = lora.attach(copy.deepcopy(model))
     layout = AdapterLayout.of(tuned, packing)
-    scaling = config.lora_alpha / config.r
+    if not _only_lora(plain, tuned):
+        raise ParameterError(f"the adapter in {adapter} is not LoRA in every module of these names and nowhere else, which alone is encrypted: {_MERGE}")
     with torch.no_grad():
-        values = {name: value * (scaling if "lora_B" in name else 1.0) for name, value in layout.values(plain).items()}
+        values = {name: value * _scaling(plain, name) for name, value in layout.values(plain).items()}
     weights = backend.serialize(backend.encrypt(layout.pack(values), keys.secret))
     return EncryptedLora(identity, lora.rank, lora.target_modules, weights)
+
+
+def _only_lora(plain: PeftModel, tuned: PeftModel) -> bool:
+    """Whether a loaded adapter is what a fresh one in `tuned` can hold."""
+    ours, theirs = ({name: value.shape for name, value in model.named_parameters()} for model in (tuned, plain))
+    return ours == theirs and not any(getattr(module, "lora_variant", None) for module in plain.modules())
+
+
+def _scaling(plain: PeftModel, name: str) -> float:
+    """What PEFT multiplies the product of a layer's matrices with, as the factor of one of them."""
+    layer, matrix, _ = name.partition(".lora_B.")
+    return plain.get_submodule(layer).scaling["default"] if matrix else 1.0

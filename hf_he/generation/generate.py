@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from hf_he.client import InferenceServer, Progress
-from hf_he.errors import ModelMismatchError, ParameterError
+from hf_he.errors import GenerationError, ModelMismatchError, ParameterError
 from hf_he.generation.client import GenerationClient
 from hf_he.generation.messages import CLIENT, SERVER
 
@@ -40,10 +40,10 @@ def encrypted_generate(
 
     `server` takes the place of `client.server`. `token_streamer`: a TextStreamer or the like; transformers does not hand `streamer` to custom generation.
     `select="server"`: the server takes the most likely token itself, by an encrypted argmax, and goes on with it; the client learns which it was.
-    The generation stays available as `client.last`, its cache on the server.
+    The generation stays available as `client.last`, its cache on the server. `num_return_sequences` fill as many sequence lanes.
 
-    Raises ModelMismatchError when `client` was made for another vocabulary, ParameterError for beams or several returned sequences, and the errors of
-    `GenerationClient.begin` and `Generation.step`.
+    Raises ModelMismatchError when `client` was made for another vocabulary, ParameterError for beams, GenerationError, before anything is encrypted, for
+    more new tokens than the cache has room for, and the errors of `GenerationClient.begin` and `Generation.step`.
     """
     if model.config.vocab_size != client.model.config.vocab_size or model.config.model_type != client.model.config.model_type:
         raise ModelMismatchError("the client was made for another model: build both from one folder")
@@ -56,6 +56,13 @@ def encrypted_generate(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[keep.bool()] for row, keep in zip(input_ids, mask, strict=True)]
+    longest, new = max(map(len, rows)), generation_config.max_length - input_ids.shape[1]
+    room = client.max_tokens - longest + 1
+    if new > room >= 1:
+        raise GenerationError(
+            f"{new} new tokens after a prompt of {longest} do not fit the cache of {client.max_tokens}: use max_new_tokens={room} at most, "
+            f"or max_tokens={longest + new - 1} on client and server"
+        )
     generation = client.begin([row.tolist() for row in rows], server, progress, select)
     if token_streamer is not None:
         token_streamer.put(input_ids)

@@ -10,6 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
 from hf_he.errors import GenerationError, ModelMismatchError, ParameterError, RangeError, ShapeError
+from hf_he.generation.adapter import EncryptedLora
+from hf_he.generation.model import load_decoder
 from hf_he.generation.plan import plan_generation
 from hf_he.peft import HELoraConfig
 
@@ -78,6 +80,13 @@ class TestTokens:
             torch.manual_seed(3)
             drawn.append(rig.generate(encrypted=encrypted, do_sample=True, temperature=1.7, top_k=12, top_p=0.95, new=6).tolist())
         assert drawn[0] == drawn[1] != rig.generate(encrypted=False, new=6).tolist()
+
+    def test_several_returned_sequences_are_as_many_prompts(self, rig):
+        drawn = []
+        for encrypted in (False, True):
+            torch.manual_seed(3)
+            drawn.append(rig.generate(encrypted=encrypted, do_sample=True, temperature=1.7, num_return_sequences=3).tolist())
+        assert drawn[0] == drawn[1] and len({tuple(row) for row in drawn[0]}) > 1
 
     def test_logits_processors_and_stopping_criteria(self, rig):
         class Forbid(LogitsProcessor):
@@ -168,6 +177,13 @@ class TestRefusals:
         with pytest.raises(GenerationError, match="fill the cache"):
             generation.step([3])
 
+    def test_more_new_tokens_than_the_cache_holds_are_refused_before_anything_is_encrypted(self, rig, monkeypatch):
+        monkeypatch.setattr(rig.client, "_encrypted", None)
+        with pytest.raises(GenerationError, match="use max_new_tokens=13 at most, or max_tokens=17"):
+            rig.generate(new=14)
+        with pytest.raises(GenerationError, match="14 new tokens after a prompt of 4"):
+            rig.generate(["the old sea ship", "wind"], new=14)
+
     def test_values_out_of_range_are_refused_before_anything_is_sent(self, tmp_path):
         rig = Rig(tmp_path)
         entries = {name: dict(entry) for name, entry in rig.client.model.config.approximations.items()}
@@ -219,3 +235,55 @@ def test_an_adapter_that_stays_encrypted(tmp_path):
     assert np.abs(with_adapter.last.logits[0] - without.detach().numpy()).max() > 0.01
     with pytest.raises(ParameterError, match="encrypted adapter"):
         with_adapter.begin([[2, 4]], select="server")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    client = GenerationClient.from_pretrained(save_tiny_decoder(tmp_path_factory.mktemp("decoder")), backend="simulator", context=8)
+    client.keygen()
+    return client
+
+
+class TestAdaptersToEncrypt:
+    """Plain PEFT adapters of other makes: encrypted as PEFT merges them, or refused."""
+
+    @pytest.fixture
+    def encrypted(self, client, tmp_path):
+        def encrypt(**options):
+            torch.manual_seed(1)
+            config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["query_key_value", "dense"], "init_lora_weights": False, **options})
+            get_peft_model(AutoModelForCausalLM.from_pretrained(client.directory), config).save_pretrained(tmp_path / "adapter")
+            client.encrypt_adapter(tmp_path / "adapter", tmp_path / "encrypted")
+            return EncryptedLora.load(tmp_path / "encrypted")
+
+        return encrypt
+
+    @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"dense": 2.0}}], ids=str)
+    def test_the_scaling_of_every_layer_is_pefts(self, client, encrypted, tmp_path, options):
+        found = encrypted(**options).decrypt(load_decoder(client.directory).double(), client.packing, client.backend, client.keys)
+        merged, tokens = load_decoder(client.directory, tmp_path / "adapter").double(), torch.tensor([[2, 4, 5, 6]])
+        for model in (found, merged):
+            model.set_mode("exact")  # random adapters leave the fitted ranges
+        torch.testing.assert_close(found(tokens).logits, merged(tokens).logits, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"use_dora": True},
+            {"rank_pattern": {"dense": 2}},
+            {"modules_to_save": ["dense_4h_to_h"]},
+            {"bias": "all"},
+            {"lora_bias": True},
+            {"init_lora_weights": "pissa"},
+            {"target_modules": ".*query_key_value"},
+        ],
+        ids=str,
+    )
+    def test_more_than_two_matrices_is_refused_by_name(self, encrypted, options):
+        with pytest.raises(ParameterError, match=f"{next(iter(options))}.* has no encrypted form.*merge it"):
+            encrypted(**options)
+
+    @pytest.mark.parametrize("options", [{"exclude_modules": ["dense"]}, {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}], ids=str)
+    def test_what_a_fresh_adapter_cannot_hold_is_refused(self, encrypted, options):
+        with pytest.raises(ParameterError, match="in every module of these names and nowhere else"):
+            encrypted(**options)
