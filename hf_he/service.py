@@ -57,7 +57,7 @@ class IncompleteMessageError(HEError):
 
 
 class ServerBusyError(HEError):
-    """Too many jobs are waiting."""
+    """Too many jobs are waiting, or another answer to the same question is arriving."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Job:
         self._last_poll = time.monotonic()
         self._sequence = 0
         self._question: bytes | None = None
-        self._answer: bytes | None = None
+        self._arriving: list[bytes] | None = None
+        self._answer: list[bytes] | None = None
         self._outcome: Event | None = None
         self.cancelled = False
 
@@ -98,26 +99,58 @@ class Job:
         """Called by the worker: hand a ciphertext to the client and wait for the refreshed one."""
         with self._changed:
             self._sequence += 1
-            self._question, self._answer = question, None
+            self._question = question
             self._last_poll = time.monotonic()
             self._changed.notify_all()
-            while self._answer is None and not self.cancelled:
-                if self.abandoned:
-                    raise RefreshError(f"the client did not answer a refresh request within {self._silence:.0f} s: run the inference again")
-                self._changed.wait(min(1.0, self._silence))
-            self._question = None
-            if self.cancelled:
-                raise RefreshError("the client cancelled the job")
-            return self._answer
+            try:
+                while self._answer is None and not self.cancelled:
+                    if self.abandoned:
+                        raise RefreshError(f"the client did not answer a refresh request within {self._silence:.0f} s: run the inference again")
+                    self._changed.wait(min(1.0, self._silence))
+                if self.cancelled:
+                    raise RefreshError("the client cancelled the job")
+                parts = self._answer
+            finally:
+                self._question = self._arriving = self._answer = None
+        return b"".join(parts)
 
-    def answer(self, sequence: int, data: bytes) -> None:
-        """Called for the client: deliver the refreshed ciphertext number `sequence`; a repeated delivery is ignored."""
+    @contextmanager
+    def answer(self, sequence: int) -> Iterator[Callable[[bytes], None]]:
+        """Called for the client: take the refreshed ciphertext number `sequence` part by part, and deliver it when the block ends without an exception.
+
+        A question takes one answer: the parts of a repeated or late one are dropped as they come. Raises RefreshError, before any part is taken, for a
+        number that was not asked for, and ServerBusyError while another answer is arriving.
+        """
         with self._changed:
-            if sequence > self._sequence or sequence < 1 or (sequence == self._sequence and self._question is None and self._answer is None):
+            if self.cancelled or not 1 <= sequence <= self._sequence:
                 raise RefreshError(f"no refresh number {sequence} was asked for in this job")
-            if sequence == self._sequence and self._answer is None:
-                self._answer = data
+            first = self._waits_for(sequence)
+            if first and self._arriving is not None:
+                raise ServerBusyError(f"another answer to refresh number {sequence} is arriving: wait for it to end")
+            if first:
+                self._arriving = []
+
+        def take(part: bytes) -> None:
+            with self._changed:
+                if self.cancelled:
+                    raise RefreshError("the client cancelled the job")
+                if first and self._waits_for(sequence):
+                    self._arriving.append(part)
+
+        try:
+            yield take
+        except BaseException:
+            with self._changed:
+                if first and self._waits_for(sequence):
+                    self._arriving = None
+            raise
+        with self._changed:
+            if first and self._waits_for(sequence):
+                self._question, self._arriving, self._answer = None, None, self._arriving
                 self._changed.notify_all()
+
+    def _waits_for(self, sequence: int) -> bool:
+        return sequence == self._sequence and self._question is not None
 
     def finish(self, outcome: Event) -> None:
         with self._changed:
@@ -137,7 +170,7 @@ class Job:
                 self._last_poll = time.monotonic()
                 if self._outcome is not None:
                     return self._outcome
-                if self._question is not None and self._answer is None:
+                if self._question is not None:
                     return Event("refresh", self._question, self._sequence)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
@@ -266,13 +299,10 @@ def create_app(server: Server) -> FastAPI:
     @app.post("/jobs/{job_id}/refresh")
     async def refresh(job_id: str, sequence: int, request: Request, wait: Annotated[float, Query(allow_inf_nan=False)] = 0.0) -> Response:
         job = jobs.get(job_id)
-        data = await read_body(request, server.max_refresh_bytes)
-
-        def answered() -> Response:
-            job.answer(sequence, data)
-            return event_response(job, wait)
-
-        return await run_in_threadpool(answered)
+        with job.answer(sequence) as take:
+            async for part in read_parts(request, server.max_refresh_bytes):
+                take(part)
+        return await run_in_threadpool(event_response, job, wait)
 
     @app.delete("/jobs/{job_id}", status_code=204)
     def forget(job_id: str) -> Response:
@@ -321,12 +351,20 @@ def _status(error: HEError) -> int:
 
 
 async def read_body(request: Request, limit: int, silence_seconds: float = CLIENT_SILENCE_SECONDS) -> bytes:
-    """The body of a request, at most `limit` bytes. Raises MessageTooLargeError without reading more, IncompleteMessageError when nothing more arrives."""
+    """The body of a request. Raises as `read_parts`."""
+    return b"".join([part async for part in read_parts(request, limit, silence_seconds)])
+
+
+async def read_parts(request: Request, limit: int, silence_seconds: float = CLIENT_SILENCE_SECONDS) -> AsyncIterator[bytes]:
+    """The body of a request as it arrives, at most `limit` bytes.
+
+    Raises MessageTooLargeError without reading more, IncompleteMessageError when nothing more arrives.
+    """
     too_large = MessageTooLargeError(f"the message is larger than the {limit} bytes a valid one may take: send fewer sentences at a time")
     declared = request.headers.get("content-length", "0")
     if not (declared.isascii() and declared.isdigit() and len(declared) <= 18 and int(declared) <= limit):
         raise too_large
-    parts, size, stream = [], 0, aiter(request.stream())
+    size, stream = 0, aiter(request.stream())
     while True:
         try:
             async with asyncio.timeout(silence_seconds):
@@ -334,8 +372,8 @@ async def read_body(request: Request, limit: int, silence_seconds: float = CLIEN
         except TimeoutError:
             raise IncompleteMessageError(f"{size} bytes arrived and then none for {silence_seconds:.0f} s: send the message again") from None
         if part is None:
-            return b"".join(parts)
+            return
         size += len(part)
         if size > limit:
             raise too_large
-        parts.append(part)
+        yield part

@@ -1,15 +1,55 @@
 """The parts of the HTTP service that need no model: the mailbox of a job and the reading of bodies."""
 
 import asyncio
+import sys
 import threading
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
 from typing import ClassVar
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from hf_he.errors import RefreshError
 from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, create_app, read_body
+
+
+class Asking:
+    """A server whose only work is to ask the client once."""
+
+    max_batch_bytes = max_refresh_bytes = 100
+
+    def progress(self):
+        return {"state": "running"}
+
+    def open(self, data):
+        return data
+
+    def run(self, work, ask, still_wanted):
+        return b"result of " + ask(b"question")
+
+
+@asynccontextmanager
+async def asked():
+    """A client whose job waits for the answer number 1, and the path that takes it."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(Asking())), base_url="http://server") as http:
+        job = (await http.post("/jobs", content=b"batch")).json()["id"]
+        assert (await http.get(f"/jobs/{job}/next?wait=20")).content == b"question"
+        yield http, f"/jobs/{job}/refresh?wait=20"
+        await http.delete(f"/jobs/{job}")
+
+
+async def unread():
+    """A body that the server must not touch."""
+    raise AssertionError("the body was read")
+    yield b""
+
+
+def answer(job, sequence, *parts):
+    with job.answer(sequence) as take:
+        for part in parts:
+            take(part)
 
 
 def test_oversized_streams_are_cut_off():
@@ -51,6 +91,48 @@ def test_messages_on_their_way_count_as_waiting_jobs():
         queue.close()
 
 
+class TestAnswers:
+    """Answers to refresh requests are large: the server holds one at a time, and only one that it asked for."""
+
+    def test_an_unasked_answer_is_refused_before_it_is_read(self):
+        async def scenario():
+            async with asked() as (http, refresh):
+                for sequence in (-1, 0, 2):
+                    refused = await http.post(f"{refresh}&sequence={sequence}", content=unread())
+                    assert (refused.status_code, refused.json()["error"]) == (422, "RefreshError")
+
+        asyncio.run(scenario())
+
+    def test_a_second_answer_is_refused_before_it_is_read_while_the_first_arrives(self):
+        async def scenario():
+            arriving, rest = asyncio.Event(), asyncio.Event()
+
+            async def slow():
+                yield b"first "
+                arriving.set()
+                await rest.wait()
+                yield b"answer"
+
+            async with asked() as (http, refresh):
+                first = asyncio.create_task(http.post(f"{refresh}&sequence=1", content=slow()))
+                await arriving.wait()
+                second = await http.post(f"{refresh}&sequence=1", content=unread())
+                assert (second.status_code, second.json()["error"]) == (503, "ServerBusyError")
+                rest.set()
+                assert (await first).content == b"result of first answer"
+
+        asyncio.run(scenario())
+
+    def test_a_failed_upload_makes_room_for_the_next_one_and_a_repeated_one_changes_nothing(self):
+        async def scenario():
+            async with asked() as (http, refresh):
+                assert (await http.post(f"{refresh}&sequence=1", content=bytes(101))).status_code == 413
+                for body in (b"answer", b"answer again"):
+                    assert (await http.post(f"{refresh}&sequence=1", content=body)).content == b"result of answer"
+
+        asyncio.run(scenario())
+
+
 def test_a_defect_of_the_server_is_answered_by_its_name_only():
     class Broken:
         max_batch_bytes = 100
@@ -74,16 +156,43 @@ class TestJob:
         worker.start()
         first, again = job.next(5), job.next(5)
         assert (first.name, first.body, first.sequence) == ("refresh", b"question", 1) and again == first
-        job.answer(1, b"answer")
-        job.answer(1, b"late duplicate")
+        answer(job, 1, b"answer")
+        answer(job, 1, b"late duplicate")
         worker.join()
         assert answers == [b"answer"]
+
+    def test_a_repeated_answer_is_dropped_as_it_arrives(self):
+        job = Job(dict)
+        with ThreadPoolExecutor(1) as worker:
+            asked = worker.submit(job.ask, b"question")
+            job.next(5)
+            answer(job, 1, b"answer")
+            assert asked.result() == b"answer"
+        part = bytes(1000)
+        references = sys.getrefcount(part)
+        with job.answer(1) as take:
+            take(part)
+            assert sys.getrefcount(part) == references
+
+    def test_a_cancelled_job_lets_go_of_what_has_arrived(self):
+        job, part = Job(dict), bytes(1000)
+        references = sys.getrefcount(part)
+        with ThreadPoolExecutor(1) as worker:
+            asked = worker.submit(job.ask, b"question")
+            job.next(5)
+            with pytest.raises(RefreshError, match="cancelled"), job.answer(1) as take:
+                take(part)
+                job.cancel()
+                with pytest.raises(RefreshError, match="cancelled"):
+                    asked.result()
+                assert sys.getrefcount(part) == references
+                take(part)
 
     def test_unasked_answers_are_refused(self):
         job = Job(dict)
         for sequence in (-1, 0, 1):
             with pytest.raises(RefreshError, match="no refresh number"):
-                job.answer(sequence, b"")
+                answer(job, sequence, b"")
 
     def test_a_silent_client_ends_the_wait(self):
         with pytest.raises(RefreshError, match="did not answer"):
