@@ -7,7 +7,7 @@
     POST   /jobs/{id}/refresh       the refreshed ciphertext for ?sequence=; answered, as `next` with ?wait=, by the event after it
     DELETE /jobs/{id}               forget the job
 
-Jobs run one after another in a worker thread. Sizes, queue and waiting times are bounded; every failure is answered with the name and
+Jobs run one after another in a worker thread. Sizes, queue, kept results and waiting times are bounded; every failure is answered with the name and
 message of an hf_he error, and the server goes on.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 MAX_WAITING_JOBS = 8
 MAX_WAIT_SECONDS = 30.0
 CLIENT_SILENCE_SECONDS = 120.0
+MAX_KEPT_RESULTS = 64
+MAX_KEPT_BYTES = 2**30
+"""Of finished jobs together. The newest result is kept at any size."""
 
 _STATUS = {CorruptFileError: 400, SecretKeyOnServerError: 403, WrongKeyError: 409, ModelMismatchError: 409, ParameterError: 422}
 _log = logging.getLogger("hf_he.service")
@@ -89,6 +93,12 @@ class Job:
     @property
     def finished(self) -> bool:
         return self._outcome is not None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size of the result that waits for the client; 0 without one."""
+        outcome = self._outcome
+        return len(outcome.body) if outcome is not None and isinstance(outcome.body, bytes) else 0
 
     @property
     def abandoned(self) -> bool:
@@ -195,8 +205,7 @@ class JobQueue:
         Raises ServerBusyError when there is none.
         """
         with self._lock:
-            for job_id in [key for key, job in self._jobs.items() if job.abandoned]:
-                self._jobs.pop(job_id).cancel()
+            self._tidy()
             if self._arriving + sum(not job.finished for job in self._jobs.values()) >= MAX_WAITING_JOBS:
                 raise ServerBusyError(f"{MAX_WAITING_JOBS} jobs are waiting already: try again later")
             self._arriving += 1
@@ -212,7 +221,7 @@ class JobQueue:
         job = Job(self.server.progress)
         with self._lock:
             self._jobs[job.id] = job
-        self._worker.submit(self._run, job, work)
+            self._worker.submit(self._run, job, work)
         return job
 
     def get(self, job_id: str) -> Job:
@@ -232,6 +241,16 @@ class JobQueue:
             self.remove(job_id)
         self._worker.shutdown(wait=True, cancel_futures=True)
 
+    def _tidy(self) -> None:
+        """Drop what nobody asks for, and the oldest of too many results. Jobs finish in the order in which they lie here."""
+        for job_id in [key for key, job in self._jobs.items() if job.abandoned]:
+            self._jobs.pop(job_id).cancel()
+        finished = [job for job in reversed(self._jobs.values()) if job.finished]
+        kept = accumulate(job.kept_bytes for job in finished)
+        for newer, (job, total) in enumerate(zip(finished, kept, strict=True)):
+            if newer and (newer >= MAX_KEPT_RESULTS or total > MAX_KEPT_BYTES):
+                del self._jobs[job.id]
+
     def _run(self, job: Job, work: Any) -> None:
         def still_wanted(_: dict[str, Any]) -> None:
             if job.abandoned or job.cancelled:
@@ -245,6 +264,8 @@ class JobQueue:
         except Exception as error:
             _log.exception("job failed")
             job.finish(Event("error", error_to_json(error)))
+        with self._lock:
+            self._tidy()
 
 
 def create_app(server: Server) -> FastAPI:

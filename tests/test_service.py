@@ -4,7 +4,7 @@ import asyncio
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import ClassVar
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hf_he.errors import RefreshError
-from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, create_app, read_body
+from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, UnknownJobError, create_app, read_body
 
 
 class Asking:
@@ -131,6 +131,42 @@ class TestAnswers:
                     assert (await http.post(f"{refresh}&sequence=1", content=body)).content == b"result of answer"
 
         asyncio.run(scenario())
+
+
+class TestKeptResults:
+    """Results wait for their client, but not any number of them."""
+
+    class Echo:
+        def progress(self):
+            return {}
+
+        def open(self, data):
+            return data
+
+        def run(self, work, ask, still_wanted):
+            return work
+
+    def kept(self, results):
+        """Those that their clients still find after one job each, all of them finished."""
+        queue, found = JobQueue(self.Echo()), []
+        try:
+            jobs = [queue.submit(result) for result in results]
+            queue._worker.submit(int).result()
+            for job in jobs:
+                with suppress(UnknownJobError):
+                    found.append(queue.get(job.id).next(0).body)
+        finally:
+            queue.close()
+        return found
+
+    def test_the_oldest_of_too_many_go_first(self, monkeypatch):
+        monkeypatch.setattr("hf_he.service.MAX_KEPT_RESULTS", 2)
+        assert self.kept([b"1", b"2", b"3", b"4"]) == [b"3", b"4"]
+
+    def test_so_do_those_of_too_many_bytes_but_never_the_last(self, monkeypatch):
+        monkeypatch.setattr("hf_he.service.MAX_KEPT_BYTES", 20)
+        assert self.kept([bytes(10), bytes(9), bytes(11)]) == [bytes(9), bytes(11)]
+        assert self.kept([bytes(10), bytes(21)]) == [bytes(21)]
 
 
 def test_a_defect_of_the_server_is_answered_by_its_name_only():
