@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 MAX_WAITING_JOBS = 8
 MAX_WAIT_SECONDS = 30.0
 CLIENT_SILENCE_SECONDS = 120.0
+PIECE_BYTES = 2**18
+"""Of a download."""
+
 MAX_KEPT_RESULTS = 64
 MAX_KEPT_BYTES = 2**30
 """Of finished jobs together. The newest result is kept at any size."""
@@ -82,7 +85,7 @@ class Job:
         self._progress = progress
         self._silence = silence_seconds
         self._changed = threading.Condition()
-        self._last_poll = time.monotonic()
+        self._last_contact = time.monotonic()
         self._sequence = 0
         self._question: bytes | None = None
         self._arriving: list[bytes] | None = None
@@ -102,15 +105,20 @@ class Job:
 
     @property
     def abandoned(self) -> bool:
-        """No client has polled for a while."""
-        return time.monotonic() - self._last_poll > self._silence
+        """Nothing has come from or gone to a client for a while."""
+        return time.monotonic() - self._last_contact > self._silence
+
+    def touch(self) -> None:
+        """The client is there: bytes of a message have just arrived or left."""
+        with self._changed:
+            self._last_contact = time.monotonic()
 
     def ask(self, question: bytes) -> bytes:
         """Called by the worker: hand a ciphertext to the client and wait for the refreshed one."""
         with self._changed:
             self._sequence += 1
             self._question = question
-            self._last_poll = time.monotonic()
+            self._last_contact = time.monotonic()
             self._changed.notify_all()
             try:
                 while self._answer is None and not self.cancelled:
@@ -144,6 +152,7 @@ class Job:
             with self._changed:
                 if self.cancelled:
                     raise RefreshError("the client cancelled the job")
+                self._last_contact = time.monotonic()
                 if first and self._waits_for(sequence):
                     self._arriving.append(part)
 
@@ -177,7 +186,7 @@ class Job:
         deadline = time.monotonic() + wait
         with self._changed:
             while True:
-                self._last_poll = time.monotonic()
+                self._last_contact = time.monotonic()
                 if self._outcome is not None:
                     return self._outcome
                 if self._question is not None:
@@ -310,13 +319,6 @@ def create_app(server: Server) -> FastAPI:
     def next_event(job_id: str, wait: Annotated[float, Query(allow_inf_nan=False)] = 1.0) -> Response:
         return event_response(jobs.get(job_id), wait)
 
-    def event_response(job: Job, wait: float) -> Response:
-        event = job.next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
-        headers = {EVENT_HEADER: event.name, SEQUENCE_HEADER: str(event.sequence)}
-        if isinstance(event.body, bytes):
-            return Response(event.body, media_type="application/octet-stream", headers=headers)
-        return JSONResponse(event.body, headers=headers)
-
     @app.post("/jobs/{job_id}/refresh")
     async def refresh(job_id: str, sequence: int, request: Request, wait: Annotated[float, Query(allow_inf_nan=False)] = 0.0) -> Response:
         job = jobs.get(job_id)
@@ -331,6 +333,22 @@ def create_app(server: Server) -> FastAPI:
         return Response(status_code=204)
 
     return app
+
+
+def event_response(job: Job, wait: float) -> Response:
+    """The job's next event; bytes leave in pieces, so that the server buffers one of them and a slow client counts as one that is there."""
+    event = job.next(min(max(wait, 0.0), MAX_WAIT_SECONDS))
+    headers = {EVENT_HEADER: event.name, SEQUENCE_HEADER: str(event.sequence)}
+    if not isinstance(event.body, bytes):
+        return JSONResponse(event.body, headers=headers)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(event.body), PIECE_BYTES):
+            yield event.body[start : start + PIECE_BYTES]
+            job.touch()
+
+    headers["Content-Length"] = str(len(event.body))
+    return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers)
 
 
 def serve(server: Server, host: str = "127.0.0.1", port: int = 8765, on_ready: Callable[[str], None] | None = None) -> None:

@@ -5,6 +5,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import ClassVar
 
 import httpx
@@ -12,7 +13,19 @@ import pytest
 from fastapi.testclient import TestClient
 
 from hf_he.errors import RefreshError
-from hf_he.service import MAX_WAITING_JOBS, IncompleteMessageError, Job, JobQueue, MessageTooLargeError, ServerBusyError, UnknownJobError, create_app, read_body
+from hf_he.service import (
+    MAX_WAITING_JOBS,
+    PIECE_BYTES,
+    IncompleteMessageError,
+    Job,
+    JobQueue,
+    MessageTooLargeError,
+    ServerBusyError,
+    UnknownJobError,
+    create_app,
+    event_response,
+    read_body,
+)
 
 
 class Asking:
@@ -180,6 +193,54 @@ def test_a_defect_of_the_server_is_answered_by_its_name_only():
         for _ in range(MAX_WAITING_JOBS + 1):
             response = http.post("/jobs", content=b"batch")
             assert response.status_code == 500 and "ZeroDivisionError" in response.json()["message"] and "detail" not in response.text
+
+
+class TestSlowClients:
+    """A client is given up after a silence, not while its bytes arrive or leave, however long that takes. Here 0.04 s are bearable and 0.06 s are not."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """Seconds that pass only here."""
+        clock = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr("hf_he.service.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+        return clock
+
+    @pytest.fixture
+    def asked(self):
+        """A job whose worker waits for the answer to a question of three pieces."""
+        job = Job(dict, silence_seconds=0.05)
+        with ThreadPoolExecutor(1) as worker:
+            job.answered = worker.submit(job.ask, bytes(3 * PIECE_BYTES))
+            yield job
+            job.cancel()
+
+    def test_an_answer_that_arrives_slowly(self, clock, asked):
+        asked.next(5)
+        with asked.answer(1) as take:
+            for part in (b"a ", b"slow ", b"answer"):
+                clock.seconds += 0.04
+                take(part)
+                assert not asked.abandoned
+        assert asked.answered.result() == b"a slow answer"
+
+    def test_a_question_that_leaves_slowly(self, clock, asked):
+        left = []
+
+        async def send(message):
+            clock.seconds += 0.04
+            left.append(message.get("body", b""))
+
+        asyncio.run(event_response(asked, 5)({"type": "http", "asgi": {"spec_version": "2.4"}}, None, send))
+        assert b"".join(left) == bytes(3 * PIECE_BYTES) and len(left) >= 4
+        assert not asked.abandoned
+
+    def test_an_answer_that_stops_arriving(self, clock, asked):
+        asked.next(5)
+        with asked.answer(1) as take:
+            take(b"a ")
+            clock.seconds += 0.06
+            with pytest.raises(RefreshError, match="did not answer"):
+                asked.answered.result()
 
 
 class TestJob:
