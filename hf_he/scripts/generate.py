@@ -125,7 +125,7 @@ def _report(
     client: GenerationClient, generation: Generation, prompt: str, tokenizer: Any, before: list[int], tokens: list[int], expected: list[int], cache: int
 ) -> dict[str, Any]:
     """The JSON contract of `hf-he generate --json`. Per token: of the tokens after the first, which comes with the prompt; null when there are none.
-    `bootstraps_per_token` counts refreshes, which are round trips where the client does them."""
+    What the client refreshes in place of a bootstrap is in `refreshes_per_token`, a round trip each."""
     steps = generation.reports[1:]
     operations: Counter[str] = Counter()
     for report in steps:
@@ -137,7 +137,8 @@ def _report(
         "text": tokenizer.decode(before + tokens, skip_special_tokens=True),
         "tokens_polynomial": expected,
         "seconds_per_token": _mean([report["seconds"] for report in steps]),
-        "bootstraps_per_token": _mean([report["refreshes"] + report["bootstraps"] for report in steps]),
+        "bootstraps_per_token": _mean([report["bootstraps"] for report in steps]),
+        "refreshes_per_token": _mean([report["refreshes"] for report in steps]),
         "operations_per_token": {name: count / len(steps) for name, count in sorted(operations.items())},
         "cache_bytes": cache,
         "max_logit_error": generation.max_logit_error,
@@ -155,7 +156,7 @@ def _print(data: dict[str, Any], generation: Generation, seconds: float) -> None
     table.add_row("tokens", str(len(data["tokens"])))
     table.add_row("prompt", f"{prompt['seconds']:.2f} s, {prompt['refreshes'] + prompt['bootstraps']} {refreshed}")
     if data["seconds_per_token"] is not None:
-        table.add_row("each further token", f"{data['seconds_per_token']:.2f} s, {data['bootstraps_per_token']:.1f} {refreshed}")
+        table.add_row("each further token", f"{data['seconds_per_token']:.2f} s, {data['bootstraps_per_token'] + data['refreshes_per_token']:.1f} {refreshed}")
         names = ("rotate", "multiply", "multiply_plain", "rescale")
         table.add_row("operations per token", ", ".join(f"{data['operations_per_token'].get(name, 0):,.0f} {name}" for name in names))
     table.add_row("total", f"{seconds:.2f} s")
