@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from hf_he.errors import CheckpointError, DataError, RangeError, TrainingError
+from hf_he.checkpoints import load_tokenizer
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
 from hf_he.finetuning.language_client import LanguageTrainingClient, no_windows
 from hf_he.finetuning.language_step import LanguageTwin, adapted_decoder, next_token_loss
 from hf_he.finetuning.optimizer import calibrate_divisor
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import EncryptedAdapterMessage, RunId, TrainingSettings
 from hf_he.finetuning.report import relative_error
+from hf_he.finetuning.trainer import RUN_FILE, _read_run
 from hf_he.generation.adapter import EncryptedLora
 from hf_he.generation.client import GenerationClient
 from hf_he.generation.model import load_decoder
@@ -38,7 +40,7 @@ from hf_he.keys import EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_servers
 from hf_he.serialization import read_file, write_file
 
-RUN_FILE, LOSSES_FILE = "run.json", "losses.json"
+LOSSES_FILE = "losses.json"
 CALIBRATION_STEPS = 4
 
 
@@ -47,6 +49,9 @@ class EncryptedTextTrainer:
 
     `batch_size`: windows of a step. `optimizer`, `learning_rate`, `schedule`, `momentum`: as in `TrainingSettings`. `server`: a connection to
     a LanguageFinetuneServer with the keys of `prepare()`; by default one is started as a child process. `announce` receives lines about what happens.
+
+    In a folder that holds a run it goes on with that. Raises TrainingError when the arguments are not those the run began with, or it has finished and
+    more steps are asked for, CorruptFileError when its files are damaged.
     """
 
     def __init__(
@@ -74,33 +79,34 @@ class EncryptedTextTrainer:
         self.folder, self.refresh, self.seed = Path(output_dir), refresh, seed
         self._directory, self._server, self._announce = Path(model), server, announce
         own = self.folder / "client"
-        saved = json.loads(read_file(own / RUN_FILE, "run")) if (own / RUN_FILE).is_file() else None
+        saved = _read_saved(own / RUN_FILE, context) if (own / RUN_FILE).is_file() else None
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
         self.client = GenerationClient.from_pretrained(model, backend=backend, parameters=parameters, keys=keys if ready else None, context=context)
-        self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        self.tokenizer = load_tokenizer(model)
         self.windows, self.lengths = self._accepted(*text_windows(self.tokenizer(text)["input_ids"], context))
         size = min(batch_size or self.client.packing.sequences, len(self.windows))
         self.order = DataOrder(len(self.windows), size, seed)
+        self.losses = _read_losses(own / LOSSES_FILE) if (own / LOSSES_FILE).is_file() else []
+        draft = TrainingSettings(
+            rank=rank,
+            target_modules=tuple(target_modules),
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            momentum=momentum,
+            steps=steps,
+            sequences=size * (context - 1),
+            loss_location="client",
+        )
         if saved is None:
-            draft = TrainingSettings(
-                rank=rank,
-                target_modules=tuple(target_modules),
-                optimizer=optimizer,
-                learning_rate=learning_rate,
-                schedule=schedule,
-                momentum=momentum,
-                steps=steps,
-                sequences=size * (context - 1),
-                loss_location="client",
-            )
-            saved = {"run": secrets.token_hex(8), "order_key": secrets.token_hex(32), "settings": asdict(self._calibrated(draft)), "context": context}
-        if saved["context"] != context:
-            raise TrainingError(f"the run began with a context of {saved['context']} tokens: resume with that, or choose another output folder")
-        settings = TrainingSettings.from_bytes(json.dumps(saved["settings"]).encode())
+            settings = self._calibrated(draft)
+            saved = {"run": secrets.token_hex(8), "order_key": secrets.token_hex(32), "settings": asdict(settings), "context": context}
+        else:
+            settings = TrainingSettings.from_bytes(json.dumps(saved["settings"]).encode())
+            self._check_settings(draft, settings)
         digest = self.order.digest(bytes.fromhex(saved["order_key"]), [json.dumps(window.tolist()) for window in self.windows], self.lengths.tolist())
         self.training = LanguageTrainingClient(self.client, settings, RunId(saved["run"], digest), seed)
-        self.losses: list[float] = json.loads((own / LOSSES_FILE).read_bytes()) if (own / LOSSES_FILE).is_file() else []
         self.reports: list[dict[str, Any]] = []
         self._saved, self._ready = saved, ready
 
@@ -116,7 +122,8 @@ class EncryptedTextTrainer:
         own = self.folder / "client"
         if not self._ready:
             self._keep_ranges()
-            own.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in (self.folder, own):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._announce("Generating keys")
             keys = self.training.keygen()
             keys.save(own / "keys", bootstrapping=self.refresh == "bootstrap")
@@ -128,35 +135,47 @@ class EncryptedTextTrainer:
     def train(self) -> dict[str, Any]:
         """Train to the end of the schedule, from the last step the server has on its disk. Returns the report.
 
-        Raises TrainingError when server and client hold different runs, RangeError when values left their range, and what the server reports.
+        Raises TrainingError when server and client hold different runs, CheckpointError when they are not at the same step, RangeError when values left
+        their range, and what the server reports.
         """
         self.prepare()
         with self._connected() as server:
-            done = server.describe().get("training", {}).get("step", -1)
-            if done < 0:
-                server.infer(self.training.setup(), self.training.text_answers(0, *no_windows(self.client.packing.tokens)))
-                done = 0
-            if done > len(self.losses) + 1:
-                raise CheckpointError(f"the server is at step {done}, this client at {len(self.losses)}: their folders belong to different runs")
-            self.losses = self.losses[:done]
+            self._align(server)
             for step in range(len(self.losses) + 1, self.settings.steps + 1):
                 self._step(server, step)
             message = server.infer(self.training.request(), self.training.text_answers(0, *no_windows(self.client.packing.tokens)))
         return self._finish(message)
+
+    def _align(self, server: Any) -> None:
+        """Bring both halves to the same step: the last one that the server has on its disk."""
+        training, done = server.describe().get("training", {}), len(self.losses)
+        step = training.get("step", -1)
+        if step < 0:
+            if done:
+                raise CheckpointError(f"the server's folder is empty, this client is at step {done}: give the server the folder of this run")
+            server.infer(self.training.setup(), self.training.text_answers(0, *no_windows(self.client.packing.tokens)))
+            return
+        self.training.run.check(RunId(training.get("run", ""), training.get("order", "")))
+        if abs(step - done) > 1:
+            raise CheckpointError(f"the server is at step {step}, this client at {done}: their folders belong to different runs")
+        if step < done:
+            self._announce(f"the server fell back to step {step}: repeating step {done}")
+            self.losses = self.losses[:step]
 
     def _step(self, server: Any, step: int) -> None:
         windows, lengths = self._batch(step)
         answers, start = self.training.text_answers(step, windows, lengths), time.perf_counter()
         data = server.infer(self.training.encrypt_windows(step, windows, lengths), answers)
         answers.check()
-        report = self.training.read_report(data, step, len(windows)) | {"step_seconds": time.perf_counter() - start}
+        loss, report = self.training.read_step(data, step, windows, lengths)
+        report |= {"step_seconds": time.perf_counter() - start}
         self.reports.append(report)
-        self.losses.append(answers.loss)
+        self.losses.append(loss)
         write_file(self.folder / "client" / LOSSES_FILE, json.dumps(self.losses).encode(), secret=True)
-        self._announce(f"step {step}/{self.settings.steps}: loss {answers.loss:.5f}, {report['step_seconds']:.1f} s, {report['refreshes']} round trips")
+        self._announce(f"step {step}/{self.settings.steps}: loss {loss:.5f}, {report['step_seconds']:.1f} s, {report['refreshes']} round trips")
 
     def _finish(self, data: bytes) -> dict[str, Any]:
-        """Both forms of the adapter on the disk, and how far it is from the twin's."""
+        """Both forms of the adapter on the disk, the decrypted one for the client only (mode 0700), and how far it is from the twin's."""
         training, settings = self.training, self.settings
         message = EncryptedAdapterMessage.from_bytes(data)
         step, state = training.read_adapter(data)
@@ -166,6 +185,7 @@ class EncryptedTextTrainer:
         twin = self.twin
         start = {name: value.detach().clone() for name, value in training.layout.values(training.model).items()}
         training.layout.load(training.model, state)
+        (self.folder / "adapter").mkdir(exist_ok=True, mode=0o700)
         training.model.save_pretrained(self.folder / "adapter")
         seconds = [report["step_seconds"] for report in self.reports]
         return {
@@ -219,6 +239,11 @@ class EncryptedTextTrainer:
             self._announce(f"{len(windows) - len(kept)} of {len(windows)} windows are left out ({reason})")
         return windows[kept], lengths[kept]
 
+    def _check_settings(self, asked: TrainingSettings, began: TrainingSettings) -> None:
+        if asked.steps != began.steps <= len(self.losses):
+            raise TrainingError(f"the run in {self.folder} has finished its {began.steps} steps: begin one of {asked.steps} in another output folder")
+        replace(asked, divisor=began.divisor, eps=began.eps).check(began)
+
     def _calibrated(self, draft: TrainingSettings) -> TrainingSettings:
         """The range of the gradients, found in the clear on the first steps."""
         torch.manual_seed(self.seed)
@@ -240,6 +265,24 @@ class EncryptedTextTrainer:
         with local_servers(self._directory, self.prepare(), self.refresh, finetune=self.folder / "server", arguments=arguments) as (server,):
             self._announce(f"server: a process with the model and the evaluation-key file only, at {server.url}")
             yield server
+
+
+def _read_saved(path: Path, context: int) -> dict[str, Any]:
+    """Of a run to resume. Raises TrainingError when it began with another context, CorruptFileError for a damaged file."""
+    saved = _read_run(path)
+    if saved.get("context") != context:
+        raise TrainingError(f"the run began with a context of {saved.get('context')} tokens: resume with that, or choose another output folder")
+    return saved
+
+
+def _read_losses(path: Path) -> list[float]:
+    try:
+        losses = json.loads(read_file(path, "losses"))
+        if not isinstance(losses, list) or not all(type(loss) is float and math.isfinite(loss) for loss in losses):
+            raise ValueError
+        return losses
+    except (ValueError, RecursionError):
+        raise CorruptFileError(f"{path} is not readable: start the run again in another folder") from None
 
 
 def text_windows(ids: Sequence[int], context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,7 @@ training = LanguageTrainingClient(generation_client, settings, run, seed=0)
 training.keygen()
 server.infer(training.setup(), training.text_answers(0, *no_windows(context)))
 data = training.encrypt_windows(1, windows, lengths)
-answers = training.text_answers(1, windows, lengths)
-server.infer(data, answers); answers.loss
+loss, report = training.read_step(server.infer(data, training.text_answers(1, windows, lengths)), 1, windows, lengths)
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from hf_he.finetuning.client import Answers, TrainingClient
 from hf_he.finetuning.language_protocol import LanguageStep
 from hf_he.finetuning.language_step import adapted_decoder, next_token_loss, plan_language_step
 from hf_he.finetuning.plan import StepPlan
-from hf_he.finetuning.protocol import StepResult
 from hf_he.generation.model import load_decoder
 from hf_he.generation.plan import generation_rotations
 from hf_he.keys import Keys
@@ -76,39 +74,40 @@ class LanguageTrainingClient(TrainingClient):
         """Logits of last hidden states [n, T, d], by the public head."""
         return self.model.get_base_model().get_output_embeddings()(hidden)
 
-    def read_report(self, data: bytes, step: int, windows: int) -> dict[str, Any]:
-        """The server's measurements of a finished step. Raises the typed errors of an answer that does not fit."""
-        result: StepResult = self.opened_result(data, step, len(self.micro_batches(windows)))
-        return result.report
+    def read_step(self, data: bytes, step: int, windows: torch.Tensor, lengths: torch.Tensor) -> tuple[float, dict[str, Any]]:
+        """Mean loss of a predicted token before the update, from the last hidden states of a finished step, and the server's measurements.
+
+        A server that repeats an answer asks nothing, so that the loss comes from the answer. Raises RangeError when it is not finite, and the typed errors
+        of an answer that does not fit.
+        """
+        rows = self.micro_batches(len(windows))
+        result = self.opened_result(data, step, len(rows))
+        slots = self.backend.decrypt(self._own(result.logits, (len(rows), self.loss_blocks), "last hidden states"), self.client.keys.secret)
+        with torch.no_grad():
+            summed = sum(float(self.text_loss(values, windows[list(part)], lengths[list(part)])[1]) for values, part in zip(slots, rows, strict=True))
+        if not np.isfinite(summed):
+            raise RangeError("the loss of this step is not finite: calibrate the model's ranges on text like this, or do not trust the server")
+        return summed / int((lengths - 1).sum()), result.report
+
+    def text_loss(self, values: np.ndarray, windows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states [n, T, d] of a micro-batch out of decrypted slots [blocks, slots], and the summed loss of their next tokens."""
+        hidden = torch.from_numpy(unpack_state(values, self.packing, self.client.model.config.hidden_size, len(windows)).copy()).requires_grad_()
+        return hidden, next_token_loss(self.head(hidden), windows, lengths)[0]
 
 
 class TextAnswers(Answers):
-    """Answers refresh requests and the questions about the loss of one step; `loss` is its mean over the predicted tokens."""
+    """Answers refresh requests and the questions about the loss of one step."""
 
     def __init__(self, training: LanguageTrainingClient, step: int, rows: Sequence[Sequence[int]], windows: torch.Tensor, lengths: torch.Tensor) -> None:
         super().__init__(training, step, rows, [])
         self._windows, self._lengths = windows, lengths
-        self._summed: dict[int, float] = {}
-
-    @property
-    def loss(self) -> float:
-        return sum(self._summed.values()) / int((self._lengths - 1).sum())
-
-    def check(self) -> None:
-        """Raise RangeError when a refreshed value had to be clipped, or a hidden state was not a number."""
-        super().check()
-        if not np.isfinite(list(self._summed.values())).all():
-            raise RangeError("the loss of this step is not finite: calibrate the model's ranges on text like this, or do not trust the server")
 
     def _loss(self, values: np.ndarray, batch: int) -> np.ndarray:
         """The gradient of the summed loss in the last hidden states of micro-batch `batch`; lanes that hold copies have none."""
         training, packing, rows = self._training, self._training.packing, list(self._rows[batch])
-        features = training.client.model.config.hidden_size
-        hidden = torch.from_numpy(unpack_state(values, packing, features, len(rows)).copy()).requires_grad_()
-        summed, _ = next_token_loss(training.head(hidden), self._windows[rows], self._lengths[rows])
+        hidden, summed = training.text_loss(values, self._windows[rows], self._lengths[rows])
         summed.backward()
-        self._summed[batch] = float(summed.detach())
-        gradient = np.zeros((packing.sequences, packing.tokens, features))
+        gradient = np.zeros((packing.sequences, *hidden.shape[1:]))
         gradient[: len(rows)] = hidden.grad.numpy()
         return pack_embeddings(gradient, packing)
 

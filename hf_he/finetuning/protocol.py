@@ -99,6 +99,15 @@ class TrainingSettings:
         if not 1 <= len(self.target_modules) <= 16 or not all(_MODULE.fullmatch(name) for name in self.target_modules):
             raise ParameterError("target_modules must name 1 to 16 kinds of linear layers, such as query, key, value")
 
+    def check(self, began: TrainingSettings) -> None:
+        """Raise TrainingError when these are not the settings `began` of the run to resume."""
+        for name, then in vars(began).items():
+            if getattr(self, name) != then:
+                raise TrainingError(
+                    f"{name} is {getattr(self, name)!r} now and was {then!r} when the run began: resume with the arguments it began with, "
+                    "or choose another output folder"
+                )
+
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()
 
