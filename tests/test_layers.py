@@ -24,7 +24,7 @@ LAYERS = (
     {"tensor", "autograd", "handlers"},
     {"level_search", "decoder_levels", "planner"},
     {"keys", "protocol", "remote", "flooding"},
-    {"client", "server", "service", "local_server"},
+    {"client", "server", "jobs", "service", "local_server"},
     {"finetuning", "generation", "sharding", "decoder_evaluation"},
     {"bench", "scripts", "cli", "__main__"},
 )
