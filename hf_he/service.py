@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hf_he.errors import CorruptFileError, HEError, ModelMismatchError, ParameterError, SecretKeyOnServerError, WrongKeyError
 from hf_he.jobs import CLIENT_SILENCE_SECONDS, Job, JobQueue, ServerBusyError, UnknownJobError
@@ -179,6 +180,8 @@ async def read_parts(request: Request, limit: int, silence_seconds: float = CLIE
                 part = await anext(stream, None)
         except TimeoutError:
             raise IncompleteMessageError(f"{size} bytes arrived and then none for {silence_seconds:.0f} s: send the message again") from None
+        except ClientDisconnect:
+            raise IncompleteMessageError(f"{size} bytes arrived and then the connection ended: send the message again") from None
         if part is None:
             return
         size += len(part)

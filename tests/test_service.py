@@ -8,6 +8,7 @@ from typing import ClassVar
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
 
 from hf_he.jobs import MAX_WAITING_JOBS, Event, Job
 from hf_he.service import PIECE_BYTES, IncompleteMessageError, MessageTooLargeError, create_app, event_response, read_body
@@ -66,6 +67,18 @@ def test_a_message_that_stops_arriving_is_given_up():
 
     with pytest.raises(IncompleteMessageError, match="10 bytes"):
         asyncio.run(read_body(Stalled(), limit=95, silence_seconds=0.01))
+
+
+def test_a_message_whose_connection_ends_is_no_defect_of_the_server():
+    class Broken:
+        headers: ClassVar = {}
+
+        async def stream(self):
+            yield bytes(10)
+            raise ClientDisconnect
+
+    with pytest.raises(IncompleteMessageError, match="10 bytes"):
+        asyncio.run(read_body(Broken(), limit=95))
 
 
 class TestAnswers:
