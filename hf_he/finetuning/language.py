@@ -26,13 +26,13 @@ import torch
 
 from hf_he.checkpoints import load_tokenizer
 from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
+from hf_he.finetuning.client_folder import RUN_FILE, finished_step, read_run, write_run
 from hf_he.finetuning.language_client import LanguageTrainingClient, no_windows
 from hf_he.finetuning.language_step import LanguageTwin, adapted_decoder, next_token_loss
 from hf_he.finetuning.optimizer import calibrate_divisor
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import EncryptedAdapterMessage, RunId, TrainingSettings
 from hf_he.finetuning.report import relative_error
-from hf_he.finetuning.trainer import RUN_FILE, _read_run
 from hf_he.generation.adapter import EncryptedLora
 from hf_he.generation.client import GenerationClient
 from hf_he.generation.model import load_decoder
@@ -79,7 +79,7 @@ class EncryptedTextTrainer:
         self.folder, self.refresh, self.seed = Path(output_dir), refresh, seed
         self._directory, self._server, self._announce = Path(model), server, announce
         own = self.folder / "client"
-        saved = _read_saved(own / RUN_FILE, context) if (own / RUN_FILE).is_file() else None
+        saved = _read_saved(own, context) if (own / RUN_FILE).is_file() else None
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
         self.client = GenerationClient.from_pretrained(model, backend=backend, parameters=parameters, keys=keys if ready else None, context=context)
@@ -128,7 +128,7 @@ class EncryptedTextTrainer:
             keys = self.training.keygen()
             keys.save(own / "keys", bootstrapping=self.refresh == "bootstrap")
             self.client.use_keys(replace(keys, evaluation=None))
-            write_file(own / RUN_FILE, json.dumps(self._saved).encode(), secret=True)
+            write_run(own, self._saved)
             self._ready = True
         return own / "keys" / EVALUATION_FILE
 
@@ -166,8 +166,9 @@ class EncryptedTextTrainer:
         windows, lengths = self._batch(step)
         answers, start = self.training.text_answers(step, windows, lengths), time.perf_counter()
         data = server.infer(self.training.encrypt_windows(step, windows, lengths), answers)
-        answers.check()
-        loss, report = self.training.read_step(data, step, windows, lengths)
+        with finished_step(self.folder / "client"):
+            answers.check()
+            loss, report = self.training.read_step(data, step, windows, lengths)
         report |= {"step_seconds": time.perf_counter() - start}
         self.reports.append(report)
         self.losses.append(loss)
@@ -267,9 +268,9 @@ class EncryptedTextTrainer:
             yield server
 
 
-def _read_saved(path: Path, context: int) -> dict[str, Any]:
+def _read_saved(folder: Path, context: int) -> dict[str, Any]:
     """Of a run to resume. Raises TrainingError when it began with another context, CorruptFileError for a damaged file."""
-    saved = _read_run(path)
+    saved = read_run(folder)
     if saved.get("context") != context:
         raise TrainingError(f"the run began with a context of {saved.get('context')} tokens: resume with that, or choose another output folder")
     return saved

@@ -116,8 +116,8 @@ def plain_run(recipe: FinetuneRecipe, args: EncryptedTrainingArguments) -> dict[
     """
     from hf_he.client import Client
     from hf_he.finetuning.calibration import calibrate
+    from hf_he.finetuning.client_folder import RUN_FILE
     from hf_he.finetuning.examples import accepted
-    from hf_he.finetuning.trainer import RUN_FILE
 
     if (Path(args.output_dir) / "client" / RUN_FILE).is_file():
         raise CheckpointError(f"{args.output_dir} holds an encrypted run, whose adapter this one would replace: choose another output folder (--output-dir)")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hf_he.errors import CheckpointError, CorruptFileError, DataError, TrainingE
 from hf_he.evaluation import evaluate_model
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.client import TrainingClient
+from hf_he.finetuning.client_folder import RUN_FILE, finished_step, read_run, write_run
 from hf_he.finetuning.examples import accepted, as_text_dataset, check_examples
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.plan import choose_step_packing
@@ -40,9 +41,9 @@ from hf_he.keys import EVALUATION_FILE, SECRET_FILE
 from hf_he.local_server import local_servers
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.results import merge_reports
-from hf_he.serialization import read_file, write_file
+from hf_he.serialization import write_file
 
-RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
+STATE_FILE = "trainer_state.json"
 Announce = Callable[[str], None]
 
 
@@ -164,7 +165,7 @@ class EncryptedTrainer:
         if resume and not known:
             raise CheckpointError(f"{self.folder} holds no run to resume: start one without resume")
         own.mkdir(parents=True, exist_ok=True, mode=0o700)
-        saved = _read_run(own / RUN_FILE) if known else None
+        saved = read_run(own) if known else None
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
         dataset, args = self.train_dataset, self.args
@@ -186,7 +187,7 @@ class EncryptedTrainer:
             generated.save(keys, bootstrapping=args.refresh == "bootstrap")
             client.use_keys(replace(generated, evaluation=None))
         if not known:
-            write_file(own / RUN_FILE, json.dumps(saved).encode(), secret=True)
+            write_run(own, saved)
         self.callback_handler.model = self.training.model
         self._load_state(own / STATE_FILE if known else None)
 
@@ -214,11 +215,7 @@ class EncryptedTrainer:
 
     def _check_settings(self, settings: TrainingSettings, rows: int) -> None:
         found = ("divisor", "eps", "loss_bound", "loss_scale", "gradient_scales", "features")
-        asked = self.args.settings(rows, **{name: getattr(settings, name) for name in found})
-        for entry in fields(TrainingSettings):
-            now, then = getattr(asked, entry.name), getattr(settings, entry.name)
-            if now != then:
-                raise TrainingError(f"{entry.name} is {now!r} now and was {then!r} when the run began: resume with the arguments it began with")
+        self.args.settings(rows, **{name: getattr(settings, name) for name in found}).check(settings)
 
     def step_rows(self, number: int) -> list[int]:
         """The examples of a step. Those whose values leave a fitted range of the start model are left out: nobody could see that under encryption.
@@ -314,16 +311,18 @@ class EncryptedTrainer:
         answers = [training.answers(number, part.rows, labels) for part in parts]
         results = self._everywhere(servers, [part.data for part in parts], answers)
         reports, logits = [], np.zeros((len(chosen), training.num_labels))
-        for part, answer, data in zip(parts, answers, results, strict=True):
-            answer.check()
-            values, report = training.read_result(data, number, part.rows)
-            rows = [row for chunk in part.rows for row in chunk]
-            logits[rows] = values
-            reports.append(report)
+        with finished_step(self.folder / "client"):
+            for part, answer, data in zip(parts, answers, results, strict=True):
+                answer.check()
+                values, report = training.read_result(data, number, part.rows)
+                rows = [row for chunk in part.rows for row in chunk]
+                logits[rows] = values
+                reports.append(report)
+            loss = training.loss(logits, labels)
         self.reports += reports
         total = merge_reports(reports)
         return {
-            "loss": training.loss(logits, labels),
+            "loss": loss,
             "learning_rate": training.learning_rate(number),
             "epoch": self.order.epoch(number),
             "seconds": time.perf_counter() - start,
@@ -365,13 +364,3 @@ def _saved(model: str | Path | PreTrainedModel, processing_class: Any, folder: P
     model.save_pretrained(folder)
     processing_class.save_pretrained(folder)
     return folder
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(read_file(path, "run"))
-        if not isinstance(data["settings"], dict) or len(bytes.fromhex(data["order_key"])) != 32 or len(bytes.fromhex(data["run"])) != 8:
-            raise ValueError
-        return data
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CorruptFileError(f"{path} is not readable: start the run again in another folder") from None

@@ -11,7 +11,8 @@ from rich.table import Table
 from hf_he.checkpoints import default_decoder, find_model
 from hf_he.client import BOOTSTRAPPING_PARAMETERS, DEFAULT_PARAMETERS
 from hf_he.errors import CheckpointError, DataError, ParameterError
-from hf_he.finetuning.language import RUN_FILE, EncryptedTextTrainer
+from hf_he.finetuning.client_folder import RUN_FILE
+from hf_he.finetuning.language import EncryptedTextTrainer
 from hf_he.remote import connect
 from hf_he.scripts.display import console, print_json, say
 

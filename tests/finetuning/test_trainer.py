@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from hf_he.checkpoints import load_classifier
 from hf_he.client import Client
 from hf_he.data import TextDataset
-from hf_he.errors import CheckpointError, DataError, ModelMismatchError, ParameterError, RefreshError, TrainingError
+from hf_he.errors import CheckpointError, DataError, ModelMismatchError, ParameterError, RangeError, RefreshError, TrainingError
 from hf_he.evaluation import encode_texts
 from hf_he.finetuning.checkpoint import CURRENT
+from hf_he.finetuning.client import Answers
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.report import relative_error, report_of, twin_run
 
@@ -173,6 +174,21 @@ def test_a_failed_step_leaves_the_run_as_it_was(new_trainer, in_process):
     data = TextDataset("mr", "train", tuple(SENTENCES), None, tuple(labels))
     twin = twin_run(starter.model_folder, training.client.tokenizer, data, training.settings, lambda number: [0, 1, 2, 3, 4], 1, 0)
     assert relative_error(adapter, twin.adapter) < 1e-4
+
+
+def test_a_run_with_a_value_out_of_range_cannot_be_resumed(new_trainer, in_process, monkeypatch):
+    def clipped(self):
+        raise RangeError("layer 0: a refreshed value was clipped")
+
+    new_trainer().prepare()
+    with in_process() as server:
+        monkeypatch.setattr(Answers, "check", clipped)
+        with pytest.raises(RangeError, match="clipped"):
+            new_trainer(servers=[server]).train(resume_from_checkpoint=True)
+        monkeypatch.undo()
+        assert server.describe()["training"]["step"] == 1
+        with pytest.raises(TrainingError, match=r"start again in another output folder \(layer 0: a refreshed value was clipped"):
+            new_trainer(servers=[server]).train(resume_from_checkpoint=True)
 
 
 def test_a_server_that_fell_back_repeats_the_step(new_trainer, in_process, run_in_process, tmp_path):

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
 from hf_he.errors import CheckpointError, CorruptFileError, DataError, ModelMismatchError, RangeError, RefreshError, TrainingError
-from hf_he.finetuning.language import LOSSES_FILE, RUN_FILE, EncryptedTextTrainer, text_windows
+from hf_he.finetuning.client_folder import RUN_FILE
+from hf_he.finetuning.language import LOSSES_FILE, EncryptedTextTrainer, text_windows
 from hf_he.finetuning.language_protocol import LanguageStep
 from hf_he.finetuning.language_server import LanguageFinetuneServer
 from hf_he.finetuning.language_step import next_token_loss
@@ -123,6 +124,17 @@ class TestResuming:
         assert len(trainer().train()["losses"]) == 2
         with pytest.raises(TrainingError, match="has finished its 2 steps: begin one of 20 in another output folder"):
             trainer(steps=20)
+
+    def test_a_value_out_of_range_ends_the_run(self, trainer, monkeypatch):
+        def clipped(self):
+            raise RangeError("layer 0: a refreshed value was clipped")
+
+        monkeypatch.setattr("hf_he.finetuning.language_client.TextAnswers.check", clipped)
+        with pytest.raises(RangeError, match="clipped"):
+            trainer().train()
+        monkeypatch.undo()
+        with pytest.raises(TrainingError, match="start again in another output folder"):
+            trainer()
 
     def test_another_seed_is_another_order(self, trainer):
         trainer().train()
