@@ -109,28 +109,36 @@ class Evaluator:
 
     @_exclusive
     def decrypt(self, ct: np.ndarray, key: SecretKey, scale: float) -> np.ndarray:
-        """[*batch, slots] real values. Only as many limbs are read as the scale plus 40 bits of value need."""
+        """[*batch, slots] real values. As many limbs are read as the scale plus 40 bits of value need and one more; all, where that one says they do not do."""
         context = self.context
         batch, n = ct.shape[:-3], ct.shape[-1]
         flat = _flat(ct)
         limbs = 1
         while limbs < flat.shape[2] and context.parameters.log2_modulus(limbs - 1) < math.log2(scale) + DECODE_MARGIN_BITS:
             limbs += 1
-        rows = np.empty((flat.shape[0], limbs, n))
-        encryption.decrypt_rows(flat, key._rows, rows, self.moduli)
-        digits = context.inverse(rows.reshape(-1, n), np.tile(np.arange(limbs), flat.shape[0])).reshape(flat.shape[0], limbs, n)
+        digits = self._digits(flat, key, min(limbs + 1, flat.shape[2]))
+        if digits.shape[1] < flat.shape[2] and digits[:, -1].any():
+            digits = self._digits(flat, key, flat.shape[2])
         coefficients = self._compose(digits)[:, context.inverse_order]
         return to_values(coefficients, scale).reshape(*batch, n // 2)
 
-    def _compose(self, residues: np.ndarray) -> np.ndarray:
-        """Centred value of [B, limbs, N] residues as float64, by mixed radix: exact digits, one rounding per addition."""
-        limbs = residues.shape[1]
+    def _digits(self, flat: np.ndarray, key: SecretKey, limbs: int) -> np.ndarray:
+        """Centred mixed-radix digits [B, limbs, N] of what [B, C, L, N] decrypts to modulo the first `limbs` moduli."""
+        n = flat.shape[-1]
+        rows = np.empty((flat.shape[0], limbs, n))
+        encryption.decrypt_rows(flat, key._rows, rows, self.moduli)
+        residues = self.context.inverse(rows.reshape(-1, n), np.tile(np.arange(limbs), flat.shape[0])).reshape(flat.shape[0], limbs, n)
         digits = np.empty_like(residues)
         inverse = np.zeros((limbs, limbs))
         for i in range(limbs):
             for j in range(i):
                 inverse[j, i] = centred(pow(self.context.chain[j], -1, self.context.chain[i]), self.context.chain[i])
         encryption.mixed_radix(residues, digits, inverse, self.moduli)
+        return digits
+
+    def _compose(self, digits: np.ndarray) -> np.ndarray:
+        """Value of [B, limbs, N] mixed-radix digits as float64: one rounding per addition."""
+        limbs = digits.shape[1]
         value = digits[:, limbs - 1]
         for i in reversed(range(limbs - 1)):
             value = value * self.context.chain[i] + digits[:, i]

@@ -24,6 +24,17 @@ def test_noise_does_not_depend_on_the_message(key, bits):
     assert abs(np.mean(noise % 2 == 0) - 0.5) < 0.06
 
 
+@pytest.mark.parametrize("bits", [39, 41, 52, 60, 90])
+def test_large_values_decrypt_to_themselves(bits):
+    """Only as many limbs are read as values of 40 bits need, unless one more says that they are larger."""
+    engine = toy()
+    scale = 2.0**40
+    values = np.random.default_rng(bits).uniform(0.5, 1, (3, engine.context.ring_degree // 2)) * 2.0**bits
+    values[0] = 2.0**bits
+    ciphertexts, _ = engine.evaluator.encrypt(values, engine.secret, engine.top, scale)
+    np.testing.assert_allclose(engine.evaluator.decrypt(ciphertexts, engine.secret, scale), values, rtol=1e-9)
+
+
 def phase(engine, ct, limbs):
     """Centred integer coefficients of c0 + c1*s, from exact pointwise integers."""
     rows = np.empty((limbs, engine.context.ring_degree))

@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 
-from hf_he.ckks import encryption
 from hf_he.ckks.bootstrapping.bootstrapper import Bootstrapper
 from hf_he.ckks.bootstrapping.cosine import HALF_WIDTH, reduce_plain
 from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, sparse_ternary
@@ -42,11 +41,7 @@ class Small:
     def coefficients(self, residues: np.ndarray, limbs: int) -> np.ndarray:
         """[N] decrypted integer coefficients of [2, L, N] residues, from the lowest limbs."""
         evaluator = self.bootstrapper.evaluator
-        context, n = evaluator.context, self.parameters.ring_degree
-        rows = np.empty((1, limbs, n))
-        encryption.decrypt_rows(np.ascontiguousarray(residues)[None], self.full_secret._rows, rows, evaluator.moduli)
-        digits = context.inverse(rows.reshape(-1, n), np.arange(limbs)).reshape(1, limbs, n)
-        return evaluator._compose(digits)[0][context.inverse_order]
+        return evaluator._compose(evaluator._digits(np.ascontiguousarray(residues)[None], self.full_secret, limbs))[0][evaluator.context.inverse_order]
 
     def slots(self, residues: np.ndarray, scale: float) -> np.ndarray:
         return to_complex_values(self.coefficients(residues, 4), scale)
