@@ -148,7 +148,6 @@ class KernelExponential:
 
 
 @lru_cache(maxsize=1024)
-@lru_cache(maxsize=1024)
 def fit_polynomial(function: str, interval: Interval, degree: int) -> Polynomial:
     """The minimax polynomial of `degree` for a named function (see `hf_he.functions.FUNCTIONS`) on `interval`.
 

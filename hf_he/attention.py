@@ -29,7 +29,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from transformers import Cache, PreTrainedModel
 
 from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, create_causal_mask, sdpa_mask
-from hf_he.errors import UnsupportedModelError
+from hf_he.approximation import KernelExponential
+from hf_he.errors import ApproximationError, UnsupportedModelError
 from hf_he.nn import observe
 
 DEFAULT_POWER = 4
@@ -75,6 +76,7 @@ def gaussian_kernel_attention(
 
     Raises:
         RangeError: polynomial mode, outside a `RangeTracker`, an exponent left the fitted interval.
+        ApproximationError: polynomial mode in 16 bits, or with the approximation of another kernel.
         UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks / position biases.
     """
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
@@ -103,8 +105,8 @@ def normalized_gaussian_kernel_attention(
     config, normalizer = getattr(module, "config", None), getattr(module, "normalizer", None)
     eps = getattr(config, "power_softmax_eps", DEFAULT_POWER_EPS)
     eps = eps if getattr(config, "power_softmax_length_agnostic", False) else eps / length
-    mean = eps + weights.sum(-1, keepdim=True) / length
     approximation = getattr(normalizer, "approximation", None)
+    mean = _of_rows_with_keys(eps + weights.sum(-1, keepdim=True) / length, mask, approximation)
     if normalizer is not None:
         observe(normalizer, "kernel_mean", mean, approximation)
     inverse = 1.0 / mean if approximation is None else approximation(mean)
@@ -117,6 +119,8 @@ def _gaussian_weights(module: nn.Module, query: torch.Tensor, key: torch.Tensor,
     squared_distance = squared_distance - 2.0 * (query @ key.transpose(-1, -2))
     exponent = (-0.5 * scaling * squared_distance).clamp(max=0.0)
     approximation = getattr(module, "kernel_approximation", None)
+    if approximation is not None and not isinstance(approximation, KernelExponential):
+        raise _of_another_kernel(module, "a Gaussian kernel")
     observe(module, "exponent", exponent, approximation)
     weights = torch.exp(exponent) if approximation is None else approximation(exponent)
     return weights if mask is None else weights * mask
@@ -152,6 +156,8 @@ def power_softmax_attention(
         scores = scores * mask
         length = mask.sum(-1, keepdim=True).clamp(min=1.0)
     approximation = getattr(module, "kernel_approximation", None)
+    if isinstance(approximation, KernelExponential):
+        raise _of_another_kernel(module, "power softmax")
     length_agnostic = getattr(config, "power_softmax_length_agnostic", False)
     divisor = getattr(config, "power_softmax_divisor", None)
     mean_eps = eps if length_agnostic else eps / length
@@ -163,10 +169,22 @@ def power_softmax_attention(
         weights = stable_power_softmax(scores, power, mean_eps * length)
     else:
         powers = scores**power
-        denominator = mean_eps + powers.sum(-1, keepdim=True) / length
+        denominator = _of_rows_with_keys(mean_eps + powers.sum(-1, keepdim=True) / length, mask, approximation)
         observe(module, "power_mean", denominator, approximation)
         weights = powers * (approximation(denominator) / length)
     return _weighted_sum(module, weights, value, dropout)
+
+
+def _of_another_kernel(module: nn.Module, needed: str) -> ApproximationError:
+    name = getattr(module, "layer_name", "") or type(module).__name__
+    return ApproximationError(f"{name}: its approximation was fitted to another attention than {needed}: keep the attn_implementation it was calibrated with.")
+
+
+def _of_rows_with_keys(mean: torch.Tensor, mask: torch.Tensor | None, approximation: Any | None) -> torch.Tensor:
+    """`mean` with a value inside the fitted interval for rows that may attend to nothing (left padding), whose weights are 0 in any case."""
+    if mask is None or approximation is None:
+        return mean
+    return torch.where(mask.any(-1, keepdim=True), mean, mean.new_tensor(sum(approximation.interval) / 2))
 
 
 def stable_power_softmax(scores: torch.Tensor, power: int, eps: float | torch.Tensor) -> torch.Tensor:
@@ -326,7 +344,7 @@ def _prepare(
         if getattr(module, "is_causal", False) and query.shape[-2] > 1:
             raise UnsupportedModelError(f"{type(module).__name__} is causal but no mask arrived: its model builds masks for another attention implementation.")
         return key, value, None, scaling
-    if attention_mask.is_floating_point() and bool((attention_mask < 0).any()):
+    if attention_mask.is_floating_point() and attention_mask.numel() and not bool(((attention_mask >= 0).all()) & (attention_mask > 0).any()):
         raise UnsupportedModelError(
             f"{type(module).__name__} passes an additive mask; a 0/1 or boolean one is needed (1 keeps). Its model builds the mask itself."
         )

@@ -268,7 +268,7 @@ def evaluate_polynomial(polynomial: Polynomial, x: torch.Tensor) -> torch.Tensor
 @dataclass
 class LayerRange:
     """What one layer's approximated quantity did: `statistic` is "variance" (what a norm takes the root of), "input", "exponent",
-    "power_mean" or "score"."""
+    "kernel_mean", "power_mean" or "score"."""
 
     statistic: str
     interval: tuple[float, float] | None
@@ -369,7 +369,14 @@ def observe(module: nn.Module, statistic: str, values: torch.Tensor, approximati
 
     Raises:
         RangeError: nobody is tracking and a value is outside the interval of `approximation` (None: exact mode, no check).
+        ApproximationError: 16-bit values for a polynomial, in which repeated squaring loses every digit.
     """
+    if approximation is not None and values.dtype in (torch.float16, torch.bfloat16):
+        raise ApproximationError(
+            f"{_layer(module)}: polynomial mode needs float32 or float64, got {values.dtype}: use dtype=torch.float32, and no autocast, bf16 or fp16."
+        )
+    if not values.numel():
+        return
     observed = False
     for observer in _observers:
         name = observer.names.get(id(module))
@@ -382,10 +389,14 @@ def observe(module: nn.Module, statistic: str, values: torch.Tensor, approximati
     if not _inside(low, high, approximation.interval):
         worst = high if low >= approximation.interval[0] else low
         raise RangeError(
-            f"{getattr(module, 'layer_name', '') or type(module).__name__}: {statistic} {worst:g} is outside the fitted interval "
+            f"{_layer(module)}: {statistic} {worst:g} is outside the fitted interval "
             f"[{approximation.interval[0]:g}, {approximation.interval[1]:g}]. Calibrate on data like this, train with the range penalty, "
             "or count such values with RangeTracker."
         )
+
+
+def _layer(module: nn.Module) -> str:
+    return getattr(module, "layer_name", "") or type(module).__name__
 
 
 def _inside(low: float, high: float, interval: tuple[float, float]) -> bool:

@@ -15,6 +15,9 @@ from torch import nn
 
 from hf_he.errors import ParameterError
 
+INITIALISERS = (True, False, "gaussian", "orthogonal", "eva")
+"""Of LoRA matrices, those that leave the weights of the model as they are."""
+
 
 @dataclass
 class HELoraConfig(LoraConfig):
@@ -39,6 +42,10 @@ class HELoraConfig(LoraConfig):
             "bias": self.bias != "none",
             "rank_pattern": bool(self.rank_pattern),
             "alpha_pattern": bool(self.alpha_pattern),
+            "init_lora_weights": self.init_lora_weights not in INITIALISERS,
+            "target_parameters": bool(self.target_parameters),
+            "trainable_token_indices": bool(self.trainable_token_indices),
+            "layer_replication": bool(self.layer_replication),
         }
         for name, wrong in refused.items():
             if wrong:

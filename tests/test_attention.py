@@ -33,7 +33,7 @@ from hf_he.attention import (
     softmax_attention,
     stable_power_softmax,
 )
-from hf_he.errors import RangeError, UnsupportedModelError
+from hf_he.errors import ApproximationError, RangeError, UnsupportedModelError
 from hf_he.nn import RangeTracker
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 40}
@@ -247,6 +247,21 @@ class TestNormalizedGaussianKernel:
         with pytest.raises(RangeError, match="kernel_mean"):
             normalized_gaussian_kernel_attention(module, *qkv, padding)
 
+    @pytest.mark.parametrize("attention", [normalized_gaussian_kernel_attention, power_softmax_attention])
+    def test_rows_before_a_left_padded_prompt_are_in_range(self, module, qkv, attention):
+        """They may attend to nothing, so that their mean is eps, which real rows never have."""
+        mask = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+        module.config = config(power_softmax_eps=1e-6, power_softmax_length_agnostic=True)
+        module.normalizer = nn.Module()
+        reciprocal = fit_reciprocal((1e-5, 80.0), 63, 6)
+        if attention is power_softmax_attention:
+            module.kernel_approximation = reciprocal
+        else:
+            module.normalizer.approximation = reciprocal
+        mask[1, :, :, :2] = False
+        weights = attention(module, *qkv, mask)[1]
+        assert not weights[1, :, :2].any() and weights.isfinite().all() and weights[1, :, 2:].any()
+
 
 class TestCausalKeepMask:
     def test_padding_and_cache(self):
@@ -272,6 +287,24 @@ class TestRefusals:
     def test_additive_mask(self, module, qkv):
         with pytest.raises(UnsupportedModelError, match="additive mask"):
             gaussian_kernel_attention(module, *qkv, torch.full((2, 1, 6, 6), -1e4))
+
+    def test_additive_mask_that_keeps_everything(self, module, qkv):
+        with pytest.raises(UnsupportedModelError, match="additive mask"):
+            gaussian_kernel_attention(module, *qkv, torch.zeros(2, 1, 6, 6))
+
+    def test_approximation_of_another_kernel(self, module, qkv):
+        module.kernel_approximation = kernel_exponential((-40.0, 0.0), 6)
+        with pytest.raises(ApproximationError, match="fitted to another attention than power softmax"):
+            power_softmax_attention(module, *qkv, None)
+        module.kernel_approximation = fit_reciprocal((0.01, 10.0), 15, 2)
+        with pytest.raises(ApproximationError, match="fitted to another attention than a Gaussian kernel"):
+            gaussian_kernel_attention(module, *qkv, None)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_polynomials_in_16_bits(self, module, qkv, dtype):
+        module.kernel_approximation = kernel_exponential((-40.0, 0.0), 6)
+        with pytest.raises(ApproximationError, match=f"polynomial mode needs float32 or float64, got {dtype}"):
+            gaussian_kernel_attention(module, *(part.to(dtype) for part in qkv), None)
 
     def test_causal_module_without_mask(self, module, qkv):
         module.is_causal = True

@@ -22,7 +22,7 @@ from hf_he.finetuning.adapter import AdapterLayout, EncryptedAdapter
 from hf_he.generation.model import ENCRYPTED_ADAPTER_FILE as ADAPTER_FILE
 from hf_he.keys import Keys
 from hf_he.packing import Packing
-from hf_he.peft import HELoraConfig, with_fresh_adapter
+from hf_he.peft import INITIALISERS, HELoraConfig, with_fresh_adapter
 from hf_he.protocol import Identity, as_array, as_bytes
 from hf_he.serialization import pack, read_file, unpack, write_file
 from hf_he.tensor import EncryptedSession
@@ -108,7 +108,7 @@ def lora_of(adapter: str | Path) -> HELoraConfig:
         "bias": config.bias != "none",
         "rank_pattern": config.rank_pattern,
         "modules_to_save": config.modules_to_save,
-        "init_lora_weights, which changes the model": config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"),
+        "init_lora_weights, which changes the model": config.init_lora_weights not in INITIALISERS,
         "target_modules as a regular expression": isinstance(config.target_modules, str),
     }
     wrong = [name for name, found in refused.items() if found]

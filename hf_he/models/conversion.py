@@ -63,7 +63,7 @@ class StockFamily:
         """The HE model with the weights of `source`; see the converters for the arguments.
 
         Raises:
-            UnsupportedModelError: no counterpart, an activation without polynomial, or a weight of the target that the source lacks.
+            UnsupportedModelError: no counterpart, an activation without polynomial, or a weight of the target that the source lacks or has in another shape.
         """
         if target_class is None:
             target_class = next((target for stock, target in self.classes.values() if isinstance(source, stock)), None)
@@ -78,14 +78,16 @@ class StockFamily:
                 f"No polynomial for hidden_act={fields['hidden_act']!r}; pass the closest of {', '.join(EXACT_ACTIVATIONS)} as hidden_act."
             )
         target = target_class(self.config_class(**fields)).to(source.dtype)
-        weights = _renamed(source, target)
-        missing = [name for name in target.state_dict() if name not in weights]
+        shapes = {name: value.shape for name, value in target.state_dict().items()}
+        weights = {name: value for name, value in _renamed(source, target).items() if name in shapes and value.shape == shapes[name]}
+        missing = [name for name in shapes if name not in weights]
         unexplained = [name for name in missing if not name.startswith(new_modules)] if new_modules else missing
         if unexplained:
             raise UnsupportedModelError(
-                f"{type(source).__name__} has no weights for {', '.join(unexplained)}. Name their modules in new_modules to leave them random."
+                f"{type(source).__name__} has no weights for {', '.join(unexplained)}, or in another shape. "
+                "Name their modules in new_modules to leave them random."
             )
-        target.load_state_dict({name: value for name, value in weights.items() if name in target.state_dict()}, strict=False)
+        target.load_state_dict(weights, strict=False)
         target.tie_weights()
         return target.eval()
 

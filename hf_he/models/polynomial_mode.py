@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from hf_he.errors import ApproximationError
 from hf_he.models.hub_shim import save_hub_shim
 from hf_he.nn import PolynomialLayer
+
+_PEFT_COPY = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+"""What peft puts into the name of a module that it trains beside its adapters; `config.approximations` has the name without it."""
 
 
 class PolynomialModeMixin:
@@ -18,8 +22,13 @@ class PolynomialModeMixin:
         super().post_init()
         self.set_mode(self.config.mode)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers looks for its attention interface in the file of the model, which leaves it to kernel_attention.py."""
+        return True
+
     def polynomial_layers(self) -> dict[str, PolynomialLayer]:
-        """Every layer that needs an approximation, by the name it has in `config.approximations`."""
+        """Every layer that needs an approximation, by its module name."""
         prefix = f"{self.base_model_prefix}." if self.base_model is self else ""
         return {f"{prefix}{name}": m for name, m in self.named_modules() if isinstance(m, PolynomialLayer)}
 
@@ -31,15 +40,15 @@ class PolynomialModeMixin:
         """
         if mode == "polynomial" and self.config.attention_kernel == "softmax":
             raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
-        layers = self.polynomial_layers()
+        layers = [(_PEFT_COPY.sub("", name), layer) for name, layer in self.polynomial_layers().items()]
         entries = self.config.approximations
-        missing = [name for name in layers if name not in entries]
+        missing = sorted({name for name, _ in layers if name not in entries})
         if mode == "polynomial" and missing:
             raise ApproximationError(
                 f"{len(missing)} layers have no entry in config.approximations ({', '.join(missing)}). Run calibration (load with "
                 "mode='exact', record ranges with RangeTracker on representative data, then set_approximations) before polynomial mode."
             )
-        for name, layer in layers.items():
+        for name, layer in layers:
             layer.layer_name = name
             layer.configure(mode, entries.get(name))
         self.config.mode = mode

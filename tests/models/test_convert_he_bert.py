@@ -89,6 +89,10 @@ def test_a_new_head_must_be_asked_for():
         convert_bert(source, target_class=HEBertForSequenceClassification)
     converted = convert_bert(source, target_class=HEBertForSequenceClassification, new_modules=("bert.pooler", "classifier"), num_labels=4)
     assert converted.classifier.weight.shape == (4, 16)
+    two = stock(BertForSequenceClassification, num_labels=2)
+    assert convert_bert(two, new_modules=("classifier",), num_labels=3).classifier.weight.shape == (3, 16)
+    with pytest.raises(UnsupportedModelError, match=r"no weights for classifier\.weight, classifier\.bias, or in another shape"):
+        convert_bert(two, num_labels=3)
     assert torch.equal(converted.bert.encoder.layer[1].output.dense.weight, source.bert.encoder.layer[1].output.dense.weight)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from contract import Family, ModelContract
@@ -123,6 +124,40 @@ MODELS = {
 
 @pytest.mark.usefixtures("no_grad")
 class TestPolynomialMode:
+    @pytest.mark.parametrize("overrides", [{}, {**PAPER, "hidden_act": "gelu"}], ids=["gaussian", "paper"])
+    def test_goes_on_under_peft(self, overrides):
+        model = make(**overrides)
+        model.set_approximations(calibrated(model))
+        model.set_mode("polynomial")
+        expected = model(**inputs()).logits
+        tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2)).eval()
+        for mode in ("exact", "polynomial"):
+            tuned.get_base_model().set_mode(mode)
+        assert torch.equal(tuned(**inputs()).logits, expected)
+
+    def test_16_bits_are_refused(self):
+        model = make()
+        model.set_approximations(calibrated(model))
+        model.set_mode("polynomial")
+        with pytest.raises(ApproximationError, match=r"needs float32 or float64, got torch\.bfloat16"):
+            model.to(torch.bfloat16)(**inputs())
+        with pytest.raises(ApproximationError, match="no autocast"), torch.autocast("cpu", torch.bfloat16):
+            model.float()(**inputs())
+
+    def test_an_empty_batch(self):
+        model = make()
+        model.set_approximations(calibrated(model))
+        model.set_mode("polynomial")
+        assert model(**{name: value[:0] for name, value in inputs().items()}).logits.shape == (0, 2)
+
+    def test_another_attention_can_be_set(self):
+        model = make()
+        before = model(**inputs()).logits
+        model.set_attn_implementation("power_softmax")
+        assert not torch.allclose(model(**inputs()).logits, before)
+        model.set_attn_implementation("gaussian_kernel")
+        assert torch.equal(model(**inputs()).logits, before)
+
     @pytest.mark.parametrize("model_class, overrides", MODELS.values(), ids=MODELS.keys())
     def test_agrees_with_exact_mode_after_calibration(self, model_class, overrides, tmp_path):
         model = make(model_class, **overrides)
