@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_he.errors import ShapeError
 from hf_he.nn import RangeTracker
 
 
@@ -47,7 +48,9 @@ class PerplexityResult:
 @torch.no_grad()
 def evaluate_perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 64, progress: bool = False) -> PerplexityResult:
     """Run `model` in the mode it is in over token ids `blocks` [rows, T]; within a block every token but the first is predicted from those
-    before it, so that a token has (T - 1) / 2 tokens of context on average."""
+    before it, so that a token has (T - 1) / 2 tokens of context on average. Raises ShapeError where there is nothing to predict."""
+    if blocks.ndim != 2 or not blocks.shape[0] or blocks.shape[1] < 2:
+        raise ShapeError(f"token ids of shape {tuple(blocks.shape)} hold nothing to predict: give at least one block of two tokens")
     training = model.training
     model.eval()
     total = 0.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_he import HEGPTNeoXConfig, HEGPTNeoXForCausalLM
+from hf_he.errors import ShapeError
 from hf_he.perplexity import evaluate_perplexity
 
 
@@ -36,3 +37,9 @@ def test_a_model_without_knowledge_has_the_perplexity_of_its_vocabulary(model):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert evaluate_perplexity(model, torch.arange(16).view(2, 8)).perplexity == pytest.approx(40.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1), (8,)])
+def test_nothing_to_predict(model, shape):
+    with pytest.raises(ShapeError, match="nothing to predict"):
+        evaluate_perplexity(model, torch.zeros(shape, dtype=torch.long))
