@@ -58,10 +58,17 @@ def _natural(document: Document) -> tuple[int, str]:
 
 
 def _read_folder(folder: Path) -> tuple[Document, ...]:
-    documents = [Document(path.stem, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.txt"))]
+    documents = [Document(path.stem, _read_text(path)) for path in sorted(folder.glob("*.txt"))]
     if not documents:
         raise DataError(f"{folder} holds no .txt file: give a folder with one document per file.")
     return tuple(documents)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 from byte {error.start} on: convert the file (iconv -f latin1 -t utf-8), or take it out of the folder.") from None
 
 
 def load_documents(split: str, corpora: tuple[str, ...] = CORPORA, data_dir: str | Path | None = None) -> tuple[Document, ...]:
@@ -74,7 +81,7 @@ def load_documents(split: str, corpora: tuple[str, ...] = CORPORA, data_dir: str
         data_dir: a folder of UTF-8 .txt files, one document each, to read instead.
 
     Raises:
-        DataError: unknown names, an empty split, a failed download or a wrong hash.
+        DataError: unknown names, an empty split, a file that is not UTF-8, a failed download or a wrong hash.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -99,6 +100,11 @@ class TextDataset:
     def joined(self) -> list[str]:
         """One string per row, pairs separated by a bar (for bag-of-words baselines)."""
         return list(self.first) if self.second is None else [f"{a} | {b}" for a, b in zip(self.first, self.second, strict=True)]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of texts and labels."""
+        return hashlib.sha256(json.dumps([self.first, self.second, self.labels]).encode()).hexdigest()
 
     def select(self, rows: Sequence[int]) -> TextDataset:
         """The given rows, in that order."""
@@ -289,7 +295,7 @@ def _load_glue(task: str, split: str, data_dir: str | Path | None) -> TextDatase
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             rows = list(reader(line for line in lines if line))
-        except (IndexError, KeyError, ValueError) as error:
+        except (IndexError, KeyError, ValueError, csv.Error) as error:
             raise DataError(f"{path}, line {lines.line_num}: not the GLUE layout of {task} ({error}).") from error
     second = None if rows and rows[0][1] is None else tuple(row[1] for row in rows)
     return TextDataset(task, split, tuple(row[0] for row in rows), second, tuple(row[2] for row in rows))

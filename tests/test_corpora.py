@@ -57,6 +57,12 @@ def test_mistakes_are_named(tmp_path):
         load_documents("dev", data_dir=tmp_path)
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "old.txt").write_bytes("na\xefve".encode("latin1"))
+    with pytest.raises(DataError, match=r"old\.txt: not UTF-8 from byte 2 on: convert the file"):
+        load_documents("train", data_dir=tmp_path)
+
+
 @pytest.fixture
 def pinned(tmp_path, monkeypatch):
     content = b"the archive"

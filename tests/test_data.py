@@ -156,6 +156,19 @@ def test_absent_and_malformed_files_are_named(tmp_path):
         load_dataset("cola", "test", tmp_path)
 
 
+def test_a_field_that_csv_does_not_take_is_named(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "dev.tsv").write_text("sentence\tlabel\nfine\t1\n" + "a" * 131_073 + "\t1\n")
+    with pytest.raises(DataError, match=r"sst2/dev\.tsv, line 3: not the GLUE layout of sst2 \(field larger than field limit \(131072\)\)"):
+        load_dataset("sst2", "dev", tmp_path)
+
+
+def test_the_digest_tells_texts_pairs_and_labels_apart():
+    rows = [TextDataset("mr", "train", *columns) for columns in ((("a", "b"), None, (0, 1)), (("a", "b"), None, (1, 0)), (("ab",), None, (0, 1)))]
+    rows += [TextDataset("rte", "train", ("a",), ("b",), (0, 1)), TextDataset("rte", "train", ("a",), ("b",), (0, 1))]
+    assert len({row.digest for row in rows}) == 4 and rows[-1].digest == rows[-2].digest
+
+
 def test_spread_takes_rows_of_every_class_from_a_sorted_split():
     rows = TextDataset("mr", "train", tuple("abcdefgh"), None, (1, 1, 1, 1, 0, 0, 0, 0))
     assert rows.spread(4).labels == (1, 1, 0, 0)
