@@ -59,6 +59,7 @@ class Pipeline:
         if max_steps is not None:
             rows = max_steps * recipe.kernel_stage.batch_size
             self.train, self.unlabelled, self.unseen = self.train.spread(rows), self.unlabelled[:rows], self.unseen[:rows]
+        self.digests = {"train": self.train.digest, "dev": self.dev.digest, "unlabelled": self._without_labels(self.unlabelled).digest}
         self.num_outputs = 1 if self.train.is_regression else max(2, len(set(self.train.labels)))
 
     def run(self) -> dict[str, Any]:
@@ -91,14 +92,14 @@ class Pipeline:
             model, tokenizer = _load(self.root / "teacher", dtype=getattr(torch, self.recipe.teacher_dtype))
             parts = [self.train]
             if self.unlabelled:
-                parts.append(TextDataset(self.recipe.task, "train", self.unlabelled, None, ()))
+                parts.append(self._without_labels(self.unlabelled))
             length = self.recipe.teacher_max_length
             logits = torch.cat([predict_logits(model, tokenizer, part, max_length=length, progress=self.announce is not None) for part in parts])
             if self.state.is_main_process:
                 save_file({"logits": logits}, folder / "logits.safetensors")
             return {"rows": len(logits)}
 
-        self._stage("soft_labels", {"unlabelled": [self.recipe.unlabelled, len(self.unlabelled)], "dtype": self.recipe.teacher_dtype}, work)
+        self._stage("soft_labels", {"dtype": self.recipe.teacher_dtype}, work)
 
     def softmax(self) -> None:
         """The student architecture with its softmax: the reference for the kernel, and the teacher of its hidden states."""
@@ -225,6 +226,9 @@ class Pipeline:
             seed=self.recipe.seed,
         )
 
+    def _without_labels(self, texts: tuple[str, ...]) -> TextDataset:
+        return TextDataset(self.recipe.task, "train", texts, None, ())
+
     def _load_base(self, name: str):
         folder = fetch_checkpoint(name) if name in CHECKPOINTS else Path(name)
         set_seed(self.recipe.seed)
@@ -233,6 +237,7 @@ class Pipeline:
     def _stage(self, name: str, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> None:
         settings = {
             "task": self.recipe.task,
+            "data": self.digests,
             "seed": self.recipe.seed,
             "max_steps": self.max_steps,
             "lengths": [self.recipe.max_length, self.recipe.teacher_max_length],

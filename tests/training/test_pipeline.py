@@ -11,9 +11,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from typer.testing import CliRunner
 
 import hf_he
+from hf_he import data
 from hf_he.errors import UnsupportedModelError
 from hf_he.scripts.train import train
+from hf_he.training import pipeline
 from hf_he.training.conversion import convert_checkpoint
+from hf_he.training.recipe import load_recipe
 
 GOOD, BAD = ("good", "great", "funny"), ("bad", "dull", "sad")
 STAGE = {"epochs": 4, "learning_rate": 2e-3, "batch_size": 16, "dropout": 0.0}
@@ -109,6 +112,30 @@ def test_a_second_run_repeats_only_stages_whose_settings_changed(trained, recipe
     assert run("--config", other).exit_code == 0
     again = {stage for stage in written if (out / stage / "stage.json").stat().st_mtime_ns != written[stage]}
     assert again == {"polynomial", "refine"}
+
+
+def test_other_data_of_the_same_size_is_another_setting(recipe, tmp_path, monkeypatch):
+    """Without a teacher too, whose soft labels would see other unlabelled texts; a folder that only moved is none."""
+    texts, found = tuple(f"text {number}" for number in range(8)), []
+    monkeypatch.setattr(pipeline, "run_stage", lambda folder, settings, work, announce: found.append(settings))
+    monkeypatch.setattr(data, "load_imdb_sentences", lambda: texts)
+
+    def settings(**changes):
+        pipeline.Pipeline(load_recipe(recipe, teacher="none", **changes)).softmax()
+        return found[-1]
+
+    for name, old, new in (("same", "good", "good"), ("train", "good", "great"), ("dev", "good", "great")):
+        (tmp_path / name / "sst2").mkdir(parents=True)
+        for split in ("train", "dev"):
+            content = (recipe.parent / "sst2" / f"{split}.tsv").read_text()
+            (tmp_path / name / "sst2" / f"{split}.tsv").write_text(content.replace(old, new) if split == name else content)
+    first = settings()
+    assert settings(data_dir=str(tmp_path / "same")) == first
+    with_texts = settings(unlabelled="imdb", unlabelled_rows=4)
+    texts = tuple(reversed(texts))
+    others = [settings(unlabelled="imdb", unlabelled_rows=4), settings(unlabelled="imdb", unlabelled_rows=3)]
+    others += [settings(data_dir=str(tmp_path / name)) for name in ("train", "dev")]
+    assert all(a != b for a in (first, with_texts, *others) for b in (first, with_texts, *others) if a is not b)
 
 
 def test_max_steps_makes_a_trial_run(recipe, tmp_path):
