@@ -13,7 +13,7 @@ from hf_he import HEBertConfig, HEBertForSequenceClassification, RangeTracker
 from hf_he.approximation import fit_reciprocal, kernel_exponential
 from hf_he.bench import finetune, full_finetuning
 from hf_he.bench.finetune import Shape
-from hf_he.bench.pricing import PricedSession
+from hf_he.bench.pricing import PricedBackend, PricedSession
 from hf_he.cli import app
 from hf_he.errors import DataError
 from hf_he.models.kernel_attention import KernelAttention
@@ -144,6 +144,27 @@ def test_ratios_follow_from_prices(monkeypatch):
     assert row["paper"] == {"finetune_ratio": 6.94, "inference_ratio": 2.33}
     header, lines = finetune.table(row)
     assert len(lines) == 4 and all(len(line) == len(header) for line in lines)
+
+
+@pytest.mark.parametrize("count", [finetune.count_lora, finetune.count_full])
+def test_products_of_a_step_are_those_of_the_log(monkeypatch, count):
+    """The log counts results, whatever the batches of the operands."""
+    counted, logged, take = Counter(), Counter(), PricedBackend.take_units
+
+    def taken(backend):
+        logged.update(backend.log.operations())
+        units = take(backend)
+        for (name, _), found in units.items():
+            counted[name] += found
+        return units
+
+    monkeypatch.setattr(finetune, "OPTIMIZER_STEPS", 1)
+    monkeypatch.setattr(PricedBackend, "take_units", taken)
+    count(Shape("small", "n14", 32, 8, {**TINY, "hidden_size": 32}))
+    assert counted["multiply"] == logged["multiply"] > 0
+    assert counted["relinearize"] == logged["relinearize"] > 0
+    plain = ("multiply_plain", "full-slot multiply_plain", "multiply_plain_sum", "full-slot product")
+    assert sum(counted[name] for name in plain) == logged["multiply_plain"] > 0
 
 
 def test_an_unknown_shape_is_refused():

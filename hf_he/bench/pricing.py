@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_he.backends.base import Ciphertext, Plaintext
-from hf_he.backends.counting import CountingBackend
+from hf_he.backends.counting import CountingBackend, results
 from hf_he.backends.native import NativeBackend
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.packing import Packing
@@ -67,11 +67,11 @@ class PricedBackend(CountingBackend):
         super()._rescale(a)
 
     def _multiply(self, a: Ciphertext, b: Ciphertext) -> None:
-        self.units["multiply", a.level] += max(a.count, b.count)
+        self.units["multiply", a.level] += results(a, b)
         super()._multiply(a, b)
 
     def _add(self, a: Ciphertext, b: Ciphertext) -> None:
-        self.units["add component", a.level] += max(a.count, b.count) * a.components
+        self.units["add component", a.level] += results(a, b) * max(a.components, b.components)
         super()._add(a, b)
 
     def _sum(self, a: Ciphertext) -> None:
@@ -79,8 +79,12 @@ class PricedBackend(CountingBackend):
         self.units["sum of components", a.level] += a.count // a.batch_shape[0] * a.components
         super()._sum(a)
 
-    def _multiply_plain(self, a: Ciphertext, b: Any) -> None:
-        self.units["full-slot multiply_plain" if self._fills(b) else "multiply_plain", a.level] += a.count
+    def _add_plain(self, a: Ciphertext, b: Plaintext) -> None:
+        self.units["add component", a.level] += results(a, b) * a.components
+        super()._add_plain(a, b)
+
+    def _multiply_plain(self, a: Ciphertext, b: Plaintext) -> None:
+        self.units["full-slot multiply_plain" if self._fills(b) else "multiply_plain", a.level] += results(a, b)
         super()._multiply_plain(a, b)
 
     def _multiply_plain_sum(self, plain: Any, a: Ciphertext) -> None:
@@ -109,7 +113,7 @@ class PricedBackend(CountingBackend):
     def _copies(self, a: Ciphertext, *args: Any) -> None:
         self.units["add component", a.level] += a.count * a.components
 
-    _negate = _add_plain = _add_scalar = _copies
+    _negate = _add_scalar = _copies
 
     def _drop_level(self, a: Ciphertext, level: int) -> None:
         self.units["copy component", level] += a.count * a.components
