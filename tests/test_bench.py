@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_he.bench import native, report, runner, worker
-from hf_he.bench.operations import BOOTSTRAP_SLOTS, COMBINATION, LINEAR, PER_WEIGHT, PRIMITIVES, Instance
+from hf_he.bench.operations import BOOTSTRAP_SLOTS, COMBINATION, LINEAR, PER_WEIGHT, PRIMITIVES, WEIGHTED_SUM, Instance
 from hf_he.bench.runner import Library, LibraryError, Measurements, Process, Turns, find_libraries, measure
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.cli import app
@@ -133,11 +133,18 @@ def test_turns_begin_with_another_library_each_round(tmp_path):
     assert order == ["openfhe", "fhelium"] + ["openfhe"] * 2 + ["fhelium"] * 4 + ["openfhe"] * 2
 
 
-def test_libraries_that_do_not_fit_together_are_measured_in_groups(tmp_path):
+@pytest.mark.parametrize("memory_gb", [8.0, 6.0, 3.0])
+def test_libraries_that_do_not_fit_together_are_measured_in_groups(tmp_path, memory_gb):
+    """One peer a group at least, also where the engine alone leaves no room for another like it."""
+
+    def announce(text):
+        said.append(text)
+        assert len(said) < 20, "the groups do not end"
+
     body = SLEEPER + "\n    import worker\n    worker._memory_gb = lambda: 4.0\n"
     found, said = Measurements(), []
     libraries = [peer(tmp_path, body, name) for name in ("native", "openfhe", "fhelium")]
-    measure(libraries, TOY, ("rotate",), Turns(rounds=1, runs=2, memory_gb=8.0), found, said.append)
+    measure(libraries, TOY, ("rotate",), Turns(rounds=1, runs=2, memory_gb=memory_gb), found, announce)
     opened = [text.rpartition(" ")[2] for text in said if "keys" in text]
     assert opened == ["native", "openfhe", "native", "fhelium"]
     assert {row["library"]: row["runs"] for row in found.rows} == {"native": 4, "openfhe": 2, "fhelium": 2}
@@ -155,13 +162,34 @@ def test_tables_compare_with_the_fastest_peer_even_when_it_has_a_limb_more():
     assert lines == [["rotate", "2^14 x 8", "2", "13", "12", "6.0x"]]
 
 
-def test_weight_by_weight_products_are_compared_with_the_single_call():
-    layer = {"inputs": 128, "outputs": 512}
+def layer(op, inputs=128, outputs=512, **milliseconds):
+    return [{**row, "inputs": inputs, "outputs": outputs, "op": f"{op}_{inputs}x{outputs}"} for row in rows_of(**milliseconds)]
+
+
+def test_ratios_of_linear_layers_are_of_their_own_row_and_the_single_calls_says_of_which():
     rows = [
-        {**rows_of(native=500.0)[0], **layer, "op": f"{COMBINATION}_128x512"},
-        *({**row, **layer, "op": f"{PER_WEIGHT}_128x512"} for row in rows_of(native=9000.0, tenseal=20000.0)),
+        *layer(COMBINATION, native=500.0),
+        *layer(PER_WEIGHT, native=22000.0, tenseal=20000.0, desilo=21000.0),
+        *layer(WEIGHTED_SUM, tenseal=19000.0),
+        *layer(COMBINATION, 64, native=250.0),
     ]
-    assert report.wide_table(rows)[1][1] == ["linear, per weight, 128 -> 512", "2^14 x 8", "9,000", "20,000", "40.0x"]
+    assert report.wide_table(rows)[1] == [
+        ["linear, one call, 128 -> 512", "2^14 x 8", "500", "-", "-", "38.0x (TenSEAL, weighted sums)"],
+        ["linear, per weight, 128 -> 512", "2^14 x 8", "22,000", "20,000", "21,000", "0.91x"],
+        ["linear, weighted sums, 128 -> 512", "2^14 x 8", "-", "19,000", "-", "-"],
+        ["linear, one call, 64 -> 512", "2^14 x 8", "250", "-", "-", "-"],
+    ]
+    factors = {(line[0], line[2]): line[-1] for line in report.long_table([row for row in rows if row["library"] != "desilo"])[1]}
+    assert factors["linear, per weight, 128 -> 512", "hf_he"] == "1.0" and factors["", "TenSEAL"] == "0.91"
+    assert factors["linear, one call, 128 -> 512", "hf_he"] == "1.0" and factors["linear, weighted sums, 128 -> 512", "TenSEAL"] == "-"
+
+
+def test_columns_of_libraries_on_one_thread_say_so():
+    rows = rows_of(native=2.0, lattigo=12.0)
+    rows[1]["threads"] = 1
+    rows += [{**rows[0], "op": "ntt", "threads": 1}]
+    assert report.wide_table(rows)[0] == ["operation", "N x limbs", "hf_he", "Lattigo (1 thread)", "fastest peer / hf_he"]
+    assert report.wide_table([{**row, "threads": 1} for row in rows])[0][2:4] == ["hf_he", "Lattigo"]
 
 
 def test_report_is_written_between_the_markers(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_he.bench.operations import BOOTSTRAP, COMBINATION, TITLES
+from hf_he.bench.operations import BOOTSTRAP, COMBINATION, PER_WEIGHT, TITLES, WEIGHTED_SUM
 from hf_he.bench.runner import NATIVE, PEERS
 
 NAMES = {NATIVE: "hf_he", **PEERS}
@@ -37,23 +37,39 @@ def instance(degree: int, limbs: int) -> str:
     return f"2^{degree.bit_length() - 1} x {limbs}"
 
 
-def reference(row: Row, rows: Iterable[Row]) -> Row | None:
-    """What the native engine takes for the same task: for a linear layer its one call, else the same operation."""
-    op = f"{COMBINATION}_{row['inputs']}x{row['outputs']}" if "inputs" in row else row["op"]
-    candidates = [other for other in rows if (other["library"], other["op"], other["ring_dimension"]) == (NATIVE, op, row["ring_dimension"])]
-    return min(candidates, key=lambda other: abs(other["limbs"] - row["limbs"]), default=None)
+def factor(row: Row, native: Row) -> str:
+    """How many times longer than the native engine, two digits below 1."""
+    value = row["median_ms"] / native["median_ms"]
+    return f"{value:.1f}" if round(value, 2) >= 1 else f"{value:.2f}"
 
 
-def slowdown(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times longer than the native engine."""
-    native = reference(row, rows)
-    return None if native is None else row["median_ms"] / native["median_ms"]
+def comparison(libraries: dict[str, Row], rows: Iterable[Row]) -> str:
+    """The fastest peer's time to the native engine's in one group. No peer computes a layer in one call: that of the engine is compared with the fastest
+    peer's products weight by weight, or weighted sums, and says with which."""
+    native = libraries.get(NATIVE)
+    peers, where = [row for library, row in libraries.items() if library != NATIVE], ""
+    if native is not None and not peers and native["op"].startswith(COMBINATION):
+        peers = [row for row in rows if row["library"] != NATIVE and _same_layer(row, native)]
+    if native is None or not peers:
+        return "-"
+    fastest = min(peers, key=lambda row: row["median_ms"])
+    if fastest["op"] != native["op"]:
+        where = f" ({NAMES[fastest['library']]}, {TITLES[fastest['op'].rpartition('_')[0]].removeprefix('linear, ')})"
+    return f"{factor(fastest, native)}x{where}"
 
 
-def libraries_of(rows: Iterable[Row]) -> list[str]:
-    """The measured libraries, the native engine first."""
-    present = {row["library"] for row in rows}
-    return [name for name in NAMES if name in present]
+def _same_layer(row: Row, native: Row) -> bool:
+    ways = {native["op"].replace(COMBINATION, way) for way in (PER_WEIGHT, WEIGHTED_SUM)}
+    return row["op"] in ways and row["ring_dimension"] == native["ring_dimension"]
+
+
+def libraries_of(rows: Iterable[Row]) -> dict[str, str]:
+    """The measured libraries, the native engine first, and what to call them: one that works on one thread where others have more says so."""
+    threads: dict[str, int] = {}
+    for row in rows:
+        threads[row["library"]] = max(row["threads"], threads.get(row["library"], 1))
+    alone = " (1 thread)" if max(threads.values(), default=1) > 1 else ""
+    return {library: name + (alone if threads[library] == 1 else "") for library, name in NAMES.items() if library in threads}
 
 
 def milliseconds(value: float) -> str:
@@ -70,8 +86,8 @@ def long_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for name, measured, libraries in group(rows):
         for library in sorted(libraries, key=list(NAMES).index):
             row = libraries[library]
-            factor = slowdown(row, rows)
-            lines.append([name, measured, NAMES[library], str(row["threads"]), cell(row), str(row["runs"]), "-" if factor is None else f"{factor:.1f}"])
+            ratio = factor(row, libraries[NATIVE]) if NATIVE in libraries else "-"
+            lines.append([name, measured, NAMES[library], str(row["threads"]), cell(row), str(row["runs"]), ratio])
             name = measured = ""
     return header, lines
 
@@ -79,12 +95,11 @@ def long_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def wide_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: one line per operation and set, one column per library, the ratio to the fastest peer last."""
     columns = libraries_of(rows)
-    header = ["operation", "N x limbs", *(NAMES[name] for name in columns), "fastest peer / hf_he"]
+    header = ["operation", "N x limbs", *columns.values(), "fastest peer / hf_he"]
     lines = []
     for name, measured, libraries in group(rows):
         cells = [cell(libraries[column]) if column in libraries else "-" for column in columns]
-        factors = [slowdown(row, rows) for library, row in libraries.items() if library != NATIVE]
-        lines.append([name, measured, *cells, f"{min(factors):.1f}x" if factors and None not in factors else "-"])
+        lines.append([name, measured, *cells, comparison(libraries, rows)])
     return header, lines
 
 
@@ -107,7 +122,8 @@ def markdown(data: dict[str, Any]) -> str:
     machine = data["machine"]
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     parts = [
-        f"Medians in milliseconds, {data['threads']} threads (NTT: one). {machine['date']}, {machine['cpu']} ({', '.join(machine['flags'])}; {caches}), "
+        f"Medians in milliseconds, {data['threads']} threads (1 for the NTT and for libraries marked so). "
+        f"{machine['date']}, {machine['cpu']} ({', '.join(machine['flags'])}; {caches}), "
         f"{machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, Python {machine['python']}, "
         + ", ".join(f"{name} {found}" for name, found in machine["packages"].items())
         + f". Load average when it started: {data['load'][0]}, when it ended: {data['load'][1]} (the measured process alone makes it "
@@ -149,17 +165,13 @@ def plot(data: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = [entry for entry in group(data["rows"]) if len(entry[2]) > 1]
-    for _, _, libraries in groups:
-        native = reference(next(iter(libraries.values())), data["rows"])
-        if NATIVE not in libraries and native is not None:
-            libraries[NATIVE] = native
+    groups = [entry for entry in group(data["rows"]) if len(entry[2]) > 1 or comparison(entry[2], data["rows"]) != "-"]
     columns = libraries_of(data["rows"])
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.62 * len(groups)), layout="constrained")
     height = 0.84 / len(columns)
-    for index, name in enumerate(columns):
+    for index, (name, label) in enumerate(columns.items()):
         at = [(line + height * index, libraries[name]["median_ms"]) for line, (_, _, libraries) in enumerate(groups) if name in libraries]
-        axes.barh([y for y, _ in at], [x for _, x in at], height, label=f"{NAMES[name]}", color=f"C{index}")
+        axes.barh([y for y, _ in at], [x for _, x in at], height, label=label, color=f"C{index}")
         for y, x in at:
             axes.annotate(milliseconds(x), (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6)
     axes.set_yticks([line + 0.42 - height / 2 for line in range(len(groups))], [f"{name}\n{instance}" for name, instance, _ in groups], fontsize=7)

@@ -158,7 +158,7 @@ def measure(
 ) -> None:
     """Measure `names` on `instance` with every library that runs: each round visits every operation, each operation every library, beginning
     with another one each round. Peers that would take more than `turns.memory_gb` together are measured one group after another, the native
-    engine in each. Appends one row per library and operation, and the reasons of the others, to `into`."""
+    engine in each; a group has at least one peer, whatever it takes. Appends one row per library and operation, and the reasons of the others, to `into`."""
     times: dict[tuple[str, str], list[float]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for library in libraries:
@@ -171,7 +171,7 @@ def measure(
             opened: dict[str, Process] = {}
             memory = [0.0]
             for library in [*native, *waiting]:
-                if opened and sum(memory) + max(memory) > turns.memory_gb:
+                if set(opened) - {NATIVE} and sum(memory) + max(memory) > turns.memory_gb:
                     break
                 waiting = [other for other in waiting if other is not library]
                 announce(f"{instance.name}: keys and ciphertexts of {library.name}")
