@@ -10,7 +10,7 @@ class ParameterError(HEError, ValueError):
 
 
 class InsecureParametersError(ParameterError):
-    """log2(QP) exceeds the 128-bit classical row for this ring dimension."""
+    """log2(QP) exceeds the 128-bit classical row for this ring dimension, or the sparse secret of bootstrapping has no estimates for it."""
 
 
 class ShapeError(HEError, ValueError):

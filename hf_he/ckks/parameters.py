@@ -29,6 +29,9 @@ COSINE_BITS = ((50,), (50,), (50,), (50,), (33, 33), (29, 29), (29, 29), (29, 29
 """Moduli of the eight levels of the approximate modular reduction, the last one first. The first levels, whose rounding errors are
 amplified most, run at a scale of 2^58 and are rescaled by two primes."""
 TRANSFORM_BITS = 50
+SPARSE_SECRET_DEGREE = 1 << 16
+SPARSE_SECRET_LOG2_MODULUS = 99
+"""Bootstrapping's ephemeral sparse secret: the smallest ring it has published estimates for, and the most that q_0 times one special modulus may be."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class CKKSParameters:
 
     `digit_size` is the number of ciphertext limbs per key-switching digit. `bootstrap_moduli`, above the usable ones, carry the levels
     that bootstrapping consumes (see hf_he.ckks.bootstrapping); ciphertexts outside it never use them. All moduli are distinct primes
-    = 1 mod 2*ring_degree below 2^50. Raises ParameterError when malformed and InsecureParametersError outside the 128-bit table, unless
-    `insecure=True`, which warns and exists for unit tests.
+    = 1 mod 2*ring_degree below 2^50. Raises ParameterError when malformed and InsecureParametersError outside the 128-bit table, or with
+    `bootstrap_moduli` where the sparse secret of bootstrapping has no estimates, unless `insecure=True`, which warns and exists for unit tests.
     """
 
     ring_degree: int
@@ -64,6 +67,8 @@ class CKKSParameters:
                 f"log2(QP) = {self.log2_qp:.1f} at ring degree {self.ring_degree} is below 128-bit security: the table asks for {limit}; "
                 "use fewer or smaller moduli, or a larger ring"
             )
+        elif self.bootstrap_moduli:
+            self._check_sparse_secret()
 
     def _check_shape(self) -> None:
         n = self.ring_degree
@@ -75,6 +80,18 @@ class CKKSParameters:
             raise ParameterError(f"digit_size must be from 1 to the number of special moduli, got {self.digit_size}")
         if not isinstance(self.scale_bits, int) or not 20 <= self.scale_bits <= MAX_PRIME_BITS:
             raise ParameterError(f"scale_bits must be from 20 to {MAX_PRIME_BITS}, got {self.scale_bits}")
+
+    def _check_sparse_secret(self) -> None:
+        if self.ring_degree < SPARSE_SECRET_DEGREE:
+            raise InsecureParametersError(
+                f"the sparse secret of bootstrapping is estimated for N = 2^16 and larger only, not for N = {self.ring_degree}: use n16-bootstrap"
+            )
+        pair = self.moduli[0] * self.special_moduli[0]
+        if pair > 1 << SPARSE_SECRET_LOG2_MODULUS:
+            raise InsecureParametersError(
+                f"the sparse secret of bootstrapping is used modulo q_0 times one special modulus of at most {SPARSE_SECRET_LOG2_MODULUS} bits, "
+                f"not {math.log2(pair):.1f}: use n16-bootstrap, or a smaller q_0 (first_bits)"
+            )
 
     def _check_primes(self) -> None:
         chain = (*self.full_moduli, *self.special_moduli)
@@ -158,7 +175,7 @@ class CKKSParameters:
 
     @property
     def security_bits(self) -> int:
-        """128 by the table; 0 for parameters built with insecure=True."""
+        """128 by the table, and by the estimates of the sparse secret where there are `bootstrap_moduli`; 0 for parameters built with insecure=True."""
         return 0 if self.insecure else 128
 
     @cached_property

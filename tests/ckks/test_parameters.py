@@ -53,6 +53,22 @@ def test_insecure_parameters_warn_and_show():
     assert p.security_bits == 0
 
 
+def test_the_sparse_secret_of_bootstrapping_is_held_to_its_estimates():
+    """At N = 2^15 the chain is within the dense table."""
+    with pytest.raises(InsecureParametersError, match=r"N = 2\^16 and larger only, not for N = 32768: use n16-bootstrap"):
+        CKKSParameters.from_bits(15, 50, 40, 0, 50, 2, bootstrap=True)
+    with pytest.raises(InsecureParametersError, match=r"at most 99 bits, not 100\.0"):
+        CKKSParameters.from_bits(16, 50, 40, 12, 50, 8, bootstrap=True)
+    with pytest.raises(InsecureParametersError, match="2\\^16 and larger"):
+        CKKSParameters.from_dict(insecure_bootstrapping() | {"insecure": False})
+    assert CKKSParameters.from_bits(17, 49, 40, 13, 50, 8, bootstrap=True).security_bits == 128
+
+
+def insecure_bootstrapping():
+    with pytest.warns(UserWarning, match="protect nothing"):
+        return CKKSParameters.from_bits(15, 50, 40, 0, 50, 2, insecure=True, bootstrap=True).to_dict()
+
+
 def test_round_trip_through_json():
     p = parameter_set("n14")
     again = CKKSParameters.from_dict(json.loads(json.dumps(p.to_dict())))

@@ -15,9 +15,11 @@ from hf_he.errors import BackendUnavailableError, ParameterError
 
 PAIR_BITS = 40
 EPHEMERAL_WEIGHT = 32
-"""Non-zero coefficients of the ephemeral secret, which exists modulo q_0 and one special modulus only (100 bits at N = 2^16)."""
+"""Non-zero coefficients of the ephemeral secret, which exists modulo q_0 and one special modulus only (99 bits at N = 2^16); CKKSParameters checks both."""
 OVERFLOW_BOUND = 13
 """Largest multiple of q_0 that ModRaise may add. Multiples are sums of 33 uniforms, of standard deviation 1.66: see `overflow_probability`."""
+MIN_RATIO = 1 << 8
+"""Least q_0 / scale. The sine takes the place of the identity: a message m comes back with an error of (2 pi m / ratio)^2 / 6 of itself, 1e-4 at m = 1."""
 DOUBLE_ANGLES = 3
 MIN_PERIOD = 1 << TRANSFORM_STAGES
 """Every factor of a transform holds a butterfly level."""
@@ -25,7 +27,10 @@ MIN_PERIOD = 1 << TRANSFORM_STAGES
 
 @dataclass(frozen=True)
 class BootstrapPlan:
-    """Levels and scales of one parameter set. Raises BackendUnavailableError when it has no moduli for bootstrapping.
+    """Levels and scales of one parameter set.
+
+    Raises BackendUnavailableError when it has no moduli for bootstrapping, and ParameterError when they are not ours, q_0 is too close to the scale, or
+    `period` does not fit.
 
     `period` distinct slots, a power of two, repeat in the vectors that are bootstrapped; by default all slots are distinct.
     """
@@ -42,6 +47,11 @@ class BootstrapPlan:
             raise BackendUnavailableError("these parameters have no moduli for bootstrapping: use the parameter set n16-bootstrap, or --refresh client")
         if len(self.levels) != len(COSINE_BITS) + 1 or self.levels[-1] != self.bottom + TRANSFORM_STAGES:
             raise ParameterError("these bootstrapping moduli have another structure than ours: build the parameters with from_bits(..., bootstrap=True)")
+        if self.ratio < MIN_RATIO:
+            raise ParameterError(
+                f"bootstrapping needs first_bits >= scale_bits + {MIN_RATIO.bit_length()}: q_0 must be at least {MIN_RATIO} times the scale, "
+                f"it is {self.ratio:.3g} times"
+            )
 
     @cached_property
     def full(self) -> CKKSParameters:

@@ -156,6 +156,17 @@ def test_parameters_with_other_bootstrapping_moduli(count):
         BootstrapPlan(CKKSParameters.from_dict(data))
 
 
+@pytest.mark.parametrize("first_bits", [42, 48, 49, 50])
+def test_a_first_modulus_too_close_to_the_scale_is_refused(first_bits):
+    """Through the sine, 1.0 would come back as 0.64 at 42 bits."""
+    parameters = CKKSParameters.from_bits(16, first_bits, 40, 5, 49, 8, bootstrap=True)
+    if first_bits >= 49:
+        assert BootstrapPlan(parameters).ratio > 2.0**8
+        return
+    with pytest.raises(ParameterError, match=r"first_bits >= scale_bits \+ 9: q_0 must be at least 256 times the scale"):
+        BootstrapPlan(parameters)
+
+
 def test_named_set_is_secure_and_leaves_levels():
     parameters = parameter_set("n16-bootstrap")
     assert parameters.log2_qp <= 1747 and parameters.security_bits == 128
