@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_he.ckks.context import context_for
 from hf_he.ckks.evaluator import Evaluator
-from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
+from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys, residues_fit
 from hf_he.ckks.parameters import parameter_set
 
 
@@ -26,6 +26,7 @@ def compile_kernels(progress: Callable[[int, int], None] | None = None) -> float
         made["secret"] = SecretKey.generate(context)
         made["public"] = PublicKey.generate(context, made["secret"])
         made["keys"] = SwitchingKeys.generate(context, made["secret"], {context.galois_element(1): context.limbs})
+        residues_fit(context, made["keys"].halves[0][0], context.limbs)
 
     def encryption() -> None:
         made["ct"] = evaluator.encrypt(values, made["secret"], level, scale)[0]
@@ -46,6 +47,7 @@ def compile_kernels(progress: Callable[[int, int], None] | None = None) -> float
         pointwise,
         lambda: evaluator.multiply_plain_sum(made["plain"][None], made["ct"]),
         lambda: evaluator.linear_combination(np.ones((1, 2), dtype=np.int64), made["ct"]),
+        lambda: evaluator.weighted_sum([made["ct"], made["ct"]], [1, 1], 1),
         lambda: evaluator.relinearize(made["product"], made["keys"]),
         lambda: evaluator.rotate(made["ct"], made["keys"], [1]),
         lambda: evaluator.sum_rotated(made["ct"], made["keys"], [1, 0]),

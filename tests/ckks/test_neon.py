@@ -5,7 +5,6 @@ which the other tests compare with integers.
 """
 
 import re
-import sys
 from functools import cache
 
 import numba
@@ -13,30 +12,10 @@ import numpy as np
 import pytest
 from aarch64 import CrossKernel, emulator
 from ckks_reference import random_residues, toy
-from numba.core.dispatcher import Dispatcher
+from kernel_list import KERNELS, substitute
 
-from hf_he.ckks import encryption, keys, keyswitch, random
+from hf_he.ckks import encryption, keys
 from hf_he.ckks.jit import KERNEL_LOCK
-
-INNER = {keyswitch.mod_up, keyswitch._lift}
-"""Called by other kernels only."""
-
-
-def dispatchers():
-    """(module, name, kernel) of all kernels of the engine."""
-    for module_name, module in sorted(sys.modules.items()):
-        if module_name.startswith("hf_he.ckks."):
-            for name, value in sorted(vars(module).items()):
-                if isinstance(value, Dispatcher) and value.py_func.__module__ == module_name:
-                    yield module, name, value
-
-
-def called(kernel):
-    """Whether Python calls it."""
-    return kernel not in INNER and (kernel.targetoptions.get("parallel", False) or kernel.py_func.__module__ == random.__name__)
-
-
-KERNELS = {f"{module.__name__.rpartition('.')[2]}.{name}": kernel for module, name, kernel in dispatchers() if called(kernel)}
 
 
 def copied(value):
@@ -109,12 +88,7 @@ def calls():
     memory = []
     recorders = {name: Recorder(kernel, memory) for name, kernel in KERNELS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, kernel in dispatchers():
-            if called(kernel):
-                recorder = recorders[f"{module.__name__.rpartition('.')[2]}.{name}"]
-                for user in [m for n, m in sys.modules.items() if n.startswith("hf_he.ckks.")]:
-                    if vars(user).get(name) is kernel:
-                        patch.setattr(user, name, recorder)
+        substitute(patch, recorders)
         operations(memory)
     return recorders
 

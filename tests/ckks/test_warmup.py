@@ -2,6 +2,7 @@
 
 import numpy as np
 from ckks_reference import STEPS, toy
+from kernel_list import KERNELS, substitute
 
 from hf_he.ckks import arithmetic, keyswitch, products
 from hf_he.ckks.warmup import compile_kernels
@@ -30,3 +31,19 @@ def test_nothing_is_compiled_after_the_warm_up():
     evaluator.linear_combination(np.ones((2, 3), dtype=np.int64), evaluator.multiply_integer(evaluator.sum(product[None]), 5)[:3])
     evaluator.multiply_plain(summed, plain[0, 0])
     assert signatures() == before == [1] * len(before)
+
+
+def test_the_warm_up_runs_every_kernel(monkeypatch):
+    compile_kernels()
+    ran = set()
+
+    def noted(name, kernel):
+        def call(*arguments):
+            ran.add(name)
+            return kernel(*arguments)
+
+        return call
+
+    substitute(monkeypatch, {name: noted(name, kernel) for name, kernel in KERNELS.items()})
+    compile_kernels()
+    assert ran == set(KERNELS)
