@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_he.backends.values import Ciphertext, EvaluationKeys, Plaintext
-from hf_he.errors import LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
+from hf_he.errors import BackendUnavailableError, LevelError, MissingKeyError, ParameterError, ScaleMismatchError, ShapeError, WrongKeyError
 
 if TYPE_CHECKING:
     from hf_he.ckks.parameters import CKKSParameters
@@ -80,6 +81,14 @@ class Adapter(ABC):
         if not 0 <= level <= self.parameters.max_level:
             raise LevelError(f"level {level} is outside 0..{self.parameters.max_level} of these parameters")
 
+    def _reals(self, values: np.ndarray) -> np.ndarray:
+        values = np.asarray(values)
+        if np.iscomplexobj(values):
+            raise ShapeError("slots are real: pass .real, or the real and the imaginary part as two vectors")
+        if not values.ndim:
+            raise ShapeError("slots are vectors, got a single number: pass np.array([value]) to encode, or use add_scalar and multiply_scalar")
+        return values.astype(np.float64, copy=False)
+
     def _check_fingerprint(self, key: Any) -> None:
         if key.fingerprint != self.parameters.fingerprint:
             raise ParameterError("this key was generated for other CKKS parameters: use the parameter set named in its file, or generate new keys")
@@ -111,7 +120,12 @@ class Adapter(ABC):
         if a.level != b.level:
             raise LevelError(f"the plaintext was encoded at level {b.level}, the ciphertext is at {a.level}: encode it at the ciphertext's level")
 
+    def _check_scale(self, scale: float) -> None:
+        if not 0 < scale < math.inf:
+            raise ParameterError(f"a scale must be positive and finite, got {scale}: leave it out for the canonical one of the level")
+
     def _check_product(self, a: Ciphertext, scale: float) -> None:
+        self._check_scale(scale)
         bits = math.log2(a.scale * scale)
         if bits > self.parameters.log2_modulus(a.level) - 1:
             raise ScaleMismatchError(f"a scale of 2^{bits:.1f} does not fit the modulus of level {a.level}: rescale before multiplying")
@@ -133,9 +147,18 @@ class Adapter(ABC):
         return factor
 
     def _check_scalar(self, value: float) -> float:
+        if isinstance(value, complex):
+            raise ParameterError("a scalar operand must be real: multiply or add its real and its imaginary part apart")
+        value = float(value)
         if not math.isfinite(value):
             raise ParameterError(f"a scalar operand must be finite, got {value}: check the weights")
         return value
+
+    def _check_bootstraps_all_slots(self, bootstrapping_slots: int) -> None:
+        if not self.parameters.bootstrap_moduli:
+            raise BackendUnavailableError("these parameters do not bootstrap: use the parameter set n16-bootstrap, or --refresh client")
+        if bootstrapping_slots not in (0, self.parameters.slots):
+            raise BackendUnavailableError("this backend bootstraps all slots only: leave bootstrapping_slots out, or use --backend native")
 
     def _check_two(self, a: Ciphertext) -> None:
         if a.components != 2:
@@ -144,6 +167,28 @@ class Adapter(ABC):
     def _check_axis(self, a: Ciphertext) -> None:
         if not a.batch_shape:
             raise ShapeError("this operation works on the leading batch axis; the ciphertext has none")
+
+    def _check_terms(self, a: Ciphertext) -> None:
+        self._check_axis(a)
+        if not a.batch_shape[0]:
+            raise ShapeError(f"a sum needs at least one entry along the leading batch axis, the batch is {a.batch_shape}: leave the empty sum out")
+
+    def _check_matrix(self, operation: str, what: str, shape: tuple[int, ...], a: Ciphertext) -> None:
+        if len(shape) != 2 or not a.batch_shape or shape[1] != a.batch_shape[0] or 0 in shape:
+            raise ShapeError(
+                f"{operation} takes {what}, each at least 1, and as many ciphertexts along the leading batch axis as columns, "
+                f"got {tuple(shape)} and {a.batch_shape}"
+            )
+
+    def _check_index(self, index: int, size: int) -> int:
+        """The position 0..size - 1 that an integer, counted from the end if negative, stands for."""
+        try:
+            position = operator.index(index)
+        except TypeError:
+            raise ShapeError(f"take needs an integer or a slice, got {type(index).__name__}: take positions one by one and stack them") from None
+        if not -size <= position < size:
+            raise ShapeError(f"position {position} is outside a leading batch axis of {size}: take 0..{size - 1}, or a negative one counted from its end")
+        return position % size
 
     def _keys_for(self, a: Ciphertext) -> EvaluationKeys:
         if self.evaluation_keys is None:
@@ -155,6 +200,8 @@ class Adapter(ABC):
     def _check_steps(self, a: Ciphertext, steps: Sequence[int]) -> tuple[int, ...]:
         self._check_two(a)
         steps = tuple(int(s) % self.parameters.slots for s in steps)
+        if not steps:
+            raise ShapeError("a rotation takes at least one step: leave the call out for none")
         if any(steps):
             keys = self._keys_for(a)
             missing = sorted({s for s in steps if s} - keys.rotations)

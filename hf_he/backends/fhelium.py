@@ -91,10 +91,14 @@ class FheliumBackend(HEBackend):
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
+        bootstrapping_slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
-        extra = FheliumBootstrappingKeys.collect(self._bootstrapping_parts(secret_key, progress)) if bootstrapping else None
+        extra = None
+        if bootstrapping:
+            self._check_bootstraps_all_slots(bootstrapping_slots)
+            extra = FheliumBootstrappingKeys.collect(self._bootstrapping_parts(secret_key, progress))
         steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
         secret, engine, keys = secret_key.secret, self._engine, {}
         for done, step in enumerate(steps, start=1):
@@ -184,6 +188,8 @@ class FheliumBackend(HEBackend):
         return operand if _compressed(operand) else prepared(self._engine, operand, self._moduli)
 
     def _encrypt(self, values: np.ndarray, key: Any, level: int, scale: float) -> torch.Tensor:
+        if not values.size:
+            return torch.zeros(2, *values.shape[:-1], level + 1, self.parameters.ring_degree, dtype=torch.int64, device=self.device)
         flat = torch.from_numpy(values.reshape(-1, values.shape[-1])).to(self.device)
         plain = self._engine.encode(flat, depth=self._depth(level), scale=scale, device=self.device)
         public = key.public if isinstance(key, FheliumSecretKey) else key.key
@@ -255,7 +261,8 @@ class FheliumBackend(HEBackend):
         """One plaintext for the whole batch in one call, otherwise entry by entry of the broadcast shape."""
         shape = np.broadcast_shapes(a.batch_shape, b.batch_shape)
         if len(b.payload) == 1:
-            return self._like(operation(self._value(a), b.payload[0]).data, a.batch_shape).expand(a.components, *shape, -1, -1)
+            padded = (*(1,) * (len(shape) - len(a.batch_shape)), *a.batch_shape)
+            return self._like(operation(self._value(a), b.payload[0]).data, padded).expand(a.components, *shape, -1, -1)
         rows = a.payload.reshape(a.components, -1, *a.payload.shape[-2:])
         left = np.broadcast_to(np.arange(a.count).reshape(a.batch_shape), shape).ravel()
         right = np.broadcast_to(np.arange(len(b.payload)).reshape(b.batch_shape), shape).ravel()
@@ -334,6 +341,8 @@ class FheliumBackend(HEBackend):
 
     # ---- batch structure: component axis first ----
     def _take(self, a: Ciphertext, index: int | slice) -> torch.Tensor:
+        if isinstance(index, slice) and (index.step or 1) < 0:
+            return a.payload[:, list(range(*index.indices(a.batch_shape[0])))]
         return a.payload[:, index]
 
     def _stack(self, items: Sequence[Ciphertext]) -> torch.Tensor:

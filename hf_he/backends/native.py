@@ -22,6 +22,7 @@ from hf_he.ckks.evaluator import Evaluator
 from hf_he.ckks.jit import cache_folder
 from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.parameters import CKKSParameters
+from hf_he.ckks.random import SEED_BYTES
 from hf_he.errors import ParameterError, SecretKeyOnServerError, WrongKeyError
 
 logger = logging.getLogger(__name__)
@@ -230,4 +231,4 @@ class NativeBackend(HEBackend):
 
     def _reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Residues:
         values, seeds = a.payload.values, a.payload.seeds
-        return Residues(values.reshape(*batch_shape, *values.shape[-3:]), None if seeds is None else seeds.reshape(*batch_shape, -1))
+        return Residues(values.reshape(*batch_shape, *values.shape[-3:]), None if seeds is None else seeds.reshape(*batch_shape, SEED_BYTES))
