@@ -132,9 +132,9 @@ class HEBackend(Adapter):
     def encode(self, values: np.ndarray, level: int, scale: float | None = None) -> Plaintext:
         """Encode [*batch, period] reals (period a power of two dividing slots) at `level`; default scale `scale_at(level)`.
 
-        Raises ShapeError, LevelError, and ScaleMismatchError for values that do not fit the modulus.
+        Raises ShapeError, LevelError, ParameterError for a scale that is none, and ScaleMismatchError for values that do not fit the modulus.
         """
-        values = np.asarray(values, dtype=np.float64)
+        values = self._reals(values)
         period = values.shape[-1]
         if period < 1 or period & (period - 1) or self.parameters.slots % period:
             raise ShapeError(f"a plaintext's period must be a power of two dividing {self.parameters.slots} slots, got {period}")
@@ -142,6 +142,7 @@ class HEBackend(Adapter):
             raise ShapeError("cannot encode NaN or infinity: check the values (and the model weights) before encoding")
         self._check_level(level)
         scale = self.parameters.scale_at(level) if scale is None else scale
+        self._check_scale(scale)
         self._check_fits(values, scale, level)
         with self.log.primitive("encode", level, math.prod(values.shape[:-1])):
             payload = self._encode(values, level, scale)
@@ -149,8 +150,8 @@ class HEBackend(Adapter):
 
     def encrypt(self, values: np.ndarray, key: Any, level: int | None = None) -> Ciphertext:
         """Encrypt [*batch, slots] reals under a public or secret key at `level` (default: the top), at the canonical scale. Errors as `encode`."""
-        values = np.asarray(values, dtype=np.float64)
-        if values.ndim < 1 or values.shape[-1] != self.parameters.slots:
+        values = self._reals(values)
+        if values.shape[-1] != self.parameters.slots:
             raise ShapeError(f"encrypt takes [*batch, {self.parameters.slots}] values, got {tuple(values.shape)}")
         if not np.isfinite(values).all():
             raise ShapeError("cannot encrypt NaN or infinity: check the input")
@@ -169,6 +170,8 @@ class HEBackend(Adapter):
             raise WrongKeyError(
                 f"this ciphertext was encrypted under key {ct.key_id}, not {secret_key.key_id}: use the key file written by the same `hf-he keygen`"
             )
+        if not ct.count:
+            return np.zeros((*ct.batch_shape, self.parameters.slots))
         with self.log.primitive("decrypt", ct.level, ct.count):
             return self._decrypt(ct, secret_key)
 
@@ -199,14 +202,14 @@ class HEBackend(Adapter):
             return replace(a, payload=self._add_plain(a, b), batch_shape=shape)
 
     def add_scalar(self, a: Ciphertext, value: float) -> Ciphertext:
-        value = self._check_scalar(float(value))
+        value = self._check_scalar(value)
         self._check_fits(np.array(value), a.scale, a.level)
         with self.log.primitive("add", a.level, a.count):
             return replace(a, payload=self._add_scalar(a, value))
 
     def sum(self, a: Ciphertext) -> Ciphertext:
-        """Sum over the leading batch axis."""
-        self._check_axis(a)
+        """Sum over the leading batch axis, of at least one entry."""
+        self._check_terms(a)
         with self.log.primitive("add", a.level, a.count - a.count // a.batch_shape[0]):
             return replace(a, payload=self._sum(a), batch_shape=a.batch_shape[1:])
 
@@ -233,17 +236,22 @@ class HEBackend(Adapter):
         """sum_k plain[g, k] * a[k, *batch] -> [g, *batch]: the fused inner loop of a diagonal matrix product."""
         self._check_plain(a, plain)
         self._check_product(a, plain.scale)
-        if len(plain.batch_shape) != 2 or not a.batch_shape or plain.batch_shape[1] != a.batch_shape[0]:
-            raise ShapeError(f"multiply_plain_sum takes plaintexts [g, k] and ciphertexts [k, ...], got {plain.batch_shape} and {a.batch_shape}")
+        self._check_matrix("multiply_plain_sum", "plaintexts [g, k]", plain.batch_shape, a)
         shape = (plain.batch_shape[0], *a.batch_shape[1:])
         with self.log.primitive("multiply_plain", a.level, plain.batch_shape[0] * a.count):
             return replace(a, payload=self._multiply_plain_sum(plain, a), batch_shape=shape, scale=a.scale * plain.scale)
 
     def multiply_scalar(self, a: Ciphertext, value: float, scale: float | None = None) -> Ciphertext:
-        """Multiply by round(value * scale), scale defaulting to `scale_at(level)`."""
+        """Multiply by round(value * scale), scale defaulting to `scale_at(level)`.
+
+        Raises ParameterError for a value or scale that is none, and ScaleMismatchError when that integer, or 1 at the scale of the product, does not fit
+        the modulus. The products themselves must fit too: that is up to the encrypted values, and the simulator tells.
+        """
         scale = self.parameters.scale_at(a.level) if scale is None else scale
         self._check_product(a, scale)
-        factor = round(self._check_scalar(value * scale))
+        value = self._check_scalar(value)
+        self._check_fits(np.array(value), scale, a.level)
+        factor = round(value * scale)
         with self.log.primitive("multiply_scalar", a.level, a.count):
             return replace(a, payload=self._multiply_integer(a, factor), scale=a.scale * scale)
 
@@ -253,9 +261,8 @@ class HEBackend(Adapter):
         The scale becomes the product of the scales. Raises ShapeError for weights that do not fit, ScaleMismatchError when the modulus is too small.
         """
         weights = np.asarray(weights)
-        if weights.ndim != 2 or not a.batch_shape or weights.shape[1] != a.batch_shape[0]:
-            raise ShapeError(f"linear_combination takes weights [out, in] and ciphertexts [in, ...], got {weights.shape} and {a.batch_shape}")
-        if not np.issubdtype(weights.dtype, np.integer) or np.abs(weights).max(initial=0) >= 2**25:
+        self._check_matrix("linear_combination", "weights [out, in]", weights.shape, a)
+        if not np.issubdtype(weights.dtype, np.integer) or max(int(weights.max()), -int(weights.min())) >= 2**25:
             raise ShapeError("linear_combination takes integer weights below 2^25 in magnitude: scale and round them first")
         self._check_product(a, scale)
         with self.log.primitive("linear_combination", a.level, weights.shape[0] * a.count):
@@ -306,7 +313,7 @@ class HEBackend(Adapter):
 
     def sum_rotated(self, a: Ciphertext, steps: Sequence[int]) -> Ciphertext:
         """sum_g rotate(a[g], steps[g]) for a [g, *batch] -> [*batch]: the giant steps of a matrix product, one ModDown."""
-        self._check_axis(a)
+        self._check_terms(a)
         steps = self._check_steps(a, steps)
         if len(steps) != a.batch_shape[0]:
             raise ShapeError(f"sum_rotated needs one step per leading entry: {len(steps)} steps for {a.batch_shape[0]}")
@@ -356,13 +363,17 @@ class HEBackend(Adapter):
 
     # ---- batch structure: views where the payload allows ----
     def take(self, a: Ciphertext, index: int | slice) -> Ciphertext:
-        """Index the leading batch axis."""
+        """Index the leading batch axis as a Python sequence. Raises ShapeError for a position outside it."""
         self._check_axis(a)
-        shape = a.batch_shape[1:] if isinstance(index, int) else (len(range(*index.indices(a.batch_shape[0]))), *a.batch_shape[1:])
-        return replace(a, payload=self._take(a, index), batch_shape=shape)
+        size, rest = a.batch_shape[0], a.batch_shape[1:]
+        if isinstance(index, slice):
+            return replace(a, payload=self._take(a, index), batch_shape=(len(range(*index.indices(size))), *rest))
+        return replace(a, payload=self._take(a, self._check_index(index, size)), batch_shape=rest)
 
     def stack(self, items: Sequence[Ciphertext]) -> Ciphertext:
         """Stack ciphertexts of one level, scale and shape along a new leading axis."""
+        if not items:
+            raise ShapeError("stack needs at least one ciphertext")
         first = items[0]
         for other in items[1:]:
             self._check_pair(first, other, same_scale=True)
@@ -371,8 +382,8 @@ class HEBackend(Adapter):
         return replace(first, payload=self._stack(items), batch_shape=(len(items), *first.batch_shape))
 
     def reshape(self, a: Ciphertext, batch_shape: tuple[int, ...]) -> Ciphertext:
-        if math.prod(batch_shape) != a.count:
-            raise ShapeError(f"cannot reshape a batch of {a.batch_shape} to {batch_shape}")
+        if math.prod(batch_shape) != a.count or any(n < 0 for n in batch_shape):
+            raise ShapeError(f"cannot reshape a batch of {a.batch_shape} to {batch_shape}: give every axis its length")
         return replace(a, payload=self._reshape(a, batch_shape), batch_shape=batch_shape)
 
     # ---- bytes: the container of hf_he.serialization; loaders raise CorruptFileError, ParameterError or WrongKeyError ----

@@ -113,14 +113,14 @@ class DesiloBackend(HEBackend):
         *,
         conjugation: bool = False,
         bootstrapping: bool = False,
+        bootstrapping_slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> EvaluationKeys:
         self._check_fingerprint(secret_key)
         engine, secret = self._engine, secret_key.key
         extra = None
         if bootstrapping:
-            if not self.capabilities()["bootstrap"]:
-                raise BackendUnavailableError("these parameters do not bootstrap: use the parameter set n16-bootstrap, or --refresh client")
+            self._check_bootstraps_all_slots(bootstrapping_slots)
             extra = BootstrapKeys(engine.create_conjugation_key(secret), engine.create_rotation_key(secret), engine.create_small_bootstrap_key(secret))
         steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
         keys = {}
@@ -316,7 +316,7 @@ class DesiloBackend(HEBackend):
     # ---- batch structure ----
     def _take(self, a: Ciphertext, index: int | slice) -> Values:
         rest = a.count // a.batch_shape[0]
-        chosen = [index % a.batch_shape[0]] if isinstance(index, int) else range(*index.indices(a.batch_shape[0]))
+        chosen = [index] if isinstance(index, int) else range(*index.indices(a.batch_shape[0]))
         return Values([a.payload.items[g * rest + i] for g in chosen for i in range(rest)], a.payload.pending)
 
     def _stack(self, items: Sequence[Ciphertext]) -> Values:

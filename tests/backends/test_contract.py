@@ -70,6 +70,16 @@ def test_one_plaintext_serves_a_batch(party):
     party.check(he.add_plain(ct, he.encode(w, ct.level)), x + w)
 
 
+@pytest.mark.parametrize(("batch", "plain"), [((), (1,)), ((), (2, 1)), ((1,), (3,)), ((3,), ()), ((3,), (1, 1)), ((3,), (2, 3)), ((2, 3), (3,))])
+def test_plaintexts_and_ciphertexts_broadcast_both_ways(party, batch, plain):
+    x, w = party.values(*batch), party.generator.uniform(-1, 1, (*plain, 4))
+    full = np.tile(w, party.parameters.slots // 4)
+    he, ct = party.backend, party.encrypt(x, 1)
+    encoded = he.encode(w, ct.level)
+    party.check(he.add_plain(ct, encoded), x + full)
+    party.check(he.multiply_plain(ct, encoded), x * full)
+
+
 @pytest.mark.parametrize("period", [8, None])
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_multiply_plain_sum(party, period, batch):
@@ -193,9 +203,21 @@ def test_batch_structure(party):
     a, b, he = party.encrypt(x), party.encrypt(y), party.backend
     party.check(he.take(a, 2), x[2])
     party.check(he.take(a, slice(1, 3)), x[1:3])
+    party.check(he.take(a, np.int64(1)), x[1])
+    party.check(he.take(a, -3), x[1])
+    party.check(he.take(a, slice(2, None, -2)), x[2::-2])
     party.check(he.stack([a, b]), np.stack([x, y]))
     party.check(he.reshape(a, (2, 2)), x.reshape(2, 2, -1))
     party.check(he.sum(he.take(he.reshape(a, (2, 2)), slice(0, 1))), x[:2])
+
+
+@pytest.mark.parametrize("key", ["secret", "public"])
+def test_an_empty_batch_keeps_its_shape(party, key):
+    he, slots = party.backend, party.parameters.slots
+    encrypted = he.encrypt(np.zeros((0, slots)), getattr(party, key))
+    for empty in (encrypted, he.take(he.encrypt(party.values(2), getattr(party, key)), slice(1, 1))):
+        assert he.decrypt(empty, party.secret).shape == (0, slots)
+        assert he.decrypt(he.reshape(empty, (3, 0)), party.secret).shape == (3, 0, slots)
 
 
 def test_operations_leave_their_operands_alone(party):

@@ -122,6 +122,89 @@ def test_mistakes_have_names(party):
         he.linear_combination(np.array([[2**25, 0]]), ct)
 
 
+def test_sums_and_stacks_of_nothing_have_names(party):
+    he, ct = party.backend, party.encrypt(party.values(2))
+    empty = he.take(ct, slice(0, 0))
+    with pytest.raises(ShapeError, match="at least one entry"):
+        he.sum(empty)
+    with pytest.raises(ShapeError, match="at least one entry"):
+        he.sum_rotated(empty, ())
+    with pytest.raises(ShapeError, match="at least one ciphertext"):
+        he.stack([])
+    with pytest.raises(ShapeError, match="at least one step"):
+        he.rotate(ct, ())
+    with pytest.raises(ShapeError, match="at least 1"):
+        he.linear_combination(np.zeros((2, 0), dtype=np.int64), empty)
+    with pytest.raises(ShapeError, match="at least 1"):
+        he.linear_combination(np.zeros((0, 2), dtype=np.int64), ct)
+    with pytest.raises(ShapeError, match="at least 1"):
+        he.multiply_plain_sum(replace(he.encode(np.ones((1, 1, 4)), ct.level), batch_shape=(2, 0)), empty)
+    with pytest.raises(ShapeError, match="reshape"):
+        he.reshape(ct, (-1, -2))
+
+
+@pytest.mark.parametrize("index", [3, -4, np.int64(5)])
+def test_positions_outside_the_batch_are_refused(party, index):
+    with pytest.raises(ShapeError, match=r"axis of 3: take 0\.\.2"):
+        party.backend.take(party.encrypt(party.values(3)), index)
+
+
+@pytest.mark.parametrize("index", [1.0, [1], "1", None])
+def test_positions_are_integers_or_slices(party, index):
+    with pytest.raises(ShapeError, match="integer or a slice"):
+        party.backend.take(party.encrypt(party.values(3)), index)
+
+
+def test_slots_are_real(party):
+    he, ct = party.backend, party.encrypt(party.values())
+    z = np.full(party.parameters.slots, 1 + 1j)
+    for key in (party.secret, party.public):
+        with pytest.raises(ShapeError, match="slots are real"):
+            he.encrypt(z, key)
+    with pytest.raises(ShapeError, match="slots are real"):
+        he.encode(z, 2)
+    for scalar in (1j, np.complex128(1 + 1j)):
+        with pytest.raises(ParameterError, match="real"):
+            he.add_scalar(ct, scalar)
+        with pytest.raises(ParameterError, match="real"):
+            he.multiply_scalar(ct, scalar)
+    with pytest.raises(ShapeError, match="single number"):
+        he.encode(np.array(3.0), 2)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 0.0, -1.0])
+def test_scales_are_positive_and_finite(party, scale):
+    he, ct = party.backend, party.encrypt(party.values(1))
+    for call in (
+        lambda: he.encode(np.zeros(4), 2, scale),
+        lambda: he.multiply_scalar(ct, 1.0, scale),
+        lambda: he.linear_combination(np.ones((1, 1), dtype=np.int64), ct, scale),
+    ):
+        with pytest.raises(ParameterError, match="positive and finite"):
+            call()
+
+
+def test_factors_beyond_half_the_modulus_are_refused(party):
+    he, ct = party.backend, party.encrypt(party.values(), 1)
+    limit = 2.0 ** (party.parameters.log2_modulus(1) - 1 - 10)
+    for value in (2.0**120, 1.01 * limit, -1.01 * limit):
+        with pytest.raises(ScaleMismatchError, match="does not fit the modulus of level 1"):
+            he.multiply_scalar(ct, value, 2.0**10)
+    assert he.multiply_scalar(party.encrypt(party.values(), 3), 1.01 * limit, 2.0**10).level == 3
+
+
+@pytest.mark.parametrize("weight", [2**25, -(2**25), -(2**31)])
+def test_weights_stay_below_their_limit(party, weight):
+    with pytest.raises(ShapeError, match="2\\^25"):
+        party.backend.linear_combination(np.array([[weight]], dtype=np.int32), party.encrypt(party.values(1)))
+
+
+@pytest.mark.parametrize("slots", [0, 8])
+def test_parameters_without_bootstrapping_moduli_have_no_bootstrapping_keys(party, slots):
+    with pytest.raises(BackendUnavailableError, match="bootstrap"):
+        party.backend.generate_evaluation_keys(party.secret, (), bootstrapping=True, bootstrapping_slots=slots)
+
+
 def test_keys_must_fit(party):
     he, ct = party.backend, party.encrypt(party.values())
     with pytest.raises(MissingKeyError, match="3"):
