@@ -205,6 +205,14 @@ def test_parameters_without_bootstrapping_moduli_have_no_bootstrapping_keys(part
         party.backend.generate_evaluation_keys(party.secret, (), bootstrapping=True, bootstrapping_slots=slots)
 
 
+def test_backends_without_periodic_bootstraps_say_so():
+    he = get_backend("simulator", parameter_set("n16-bootstrap"))
+    for slots in (0, he.parameters.slots):
+        he._check_bootstraps_all_slots(slots)
+    with pytest.raises(BackendUnavailableError, match="leave bootstrapping_slots out"):
+        he._check_bootstraps_all_slots(64)
+
+
 def test_keys_must_fit(party):
     he, ct = party.backend, party.encrypt(party.values())
     with pytest.raises(MissingKeyError, match="3"):
