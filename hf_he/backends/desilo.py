@@ -54,7 +54,7 @@ class DesiloKeys(LibraryKeys):
 @dataclass(frozen=True, eq=False)
 class BootstrapKeys:
     conjugation: Any = field(repr=False)
-    rotation: Any = field(repr=False)
+    roll: Any = field(repr=False)
     small: Any = field(repr=False)
 
 
@@ -121,7 +121,7 @@ class DesiloBackend(HEBackend):
         extra = None
         if bootstrapping:
             self._check_bootstraps_all_slots(bootstrapping_slots)
-            extra = BootstrapKeys(engine.create_conjugation_key(secret), engine.create_rotation_key(secret), engine.create_small_bootstrap_key(secret))
+            extra = BootstrapKeys(engine.create_conjugation_key(secret), engine.create_roll_key(secret), engine.create_small_bootstrap_key(secret))
         steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
         keys = {}
         for done, step in enumerate(steps, start=1):
@@ -308,7 +308,7 @@ class DesiloBackend(HEBackend):
         keys, relinearization = self.evaluation_keys.bootstrapping, self._keys.relinearization
 
         def fresh(item: Any) -> Any:
-            item = self._engine.bootstrap(item, relinearization, keys.conjugation, keys.rotation, keys.small)
+            item = self._engine.bootstrap(item, relinearization, keys.conjugation, keys.roll, keys.small)
             return self._engine.level_down(item, self.parameters.max_level)
 
         return self._map(a, fresh)

@@ -114,7 +114,7 @@ def save_bootstrapping_keys(engine: Any, parameters: CKKSParameters, keys: Evalu
     held = keys.bootstrapping
     arrays = {
         "conjugation": _array(engine.serialize_conjugation_key(held.conjugation)),
-        "rotation": _array(engine.serialize_rotation_key(held.rotation)),
+        "roll": _array(engine.serialize_roll_key(held.roll)),
         "small": _array(engine.serialize_small_bootstrap_key(held.small)),
     }
     data = pack("bootstrapping_keys", arrays, _metadata(parameters, keys.key_id))
@@ -129,11 +129,11 @@ def load_bootstrapping_keys(engine: Any, parameters: CKKSParameters, keys: Evalu
     arrays, metadata = unpack_for(read_file(folder / BOOTSTRAP_FILE, "bootstrapping-key"), kind, BACKEND, parameters.fingerprint)
     if metadata["key_id"] != keys.key_id:
         raise WrongKeyError(f"the bootstrapping keys belong to key {metadata['key_id']}, the evaluation keys to {keys.key_id}: use one key folder")
-    if set(arrays) != {"conjugation", "rotation", "small"}:
+    if set(arrays) != {"conjugation", "roll", "small"}:
         raise _garbled(kind)
     loaders = {
         "conjugation": engine.deserialize_conjugation_key,
-        "rotation": engine.deserialize_rotation_key,
+        "roll": engine.deserialize_roll_key,
         "small": engine.deserialize_small_bootstrap_key,
     }
     return replace(keys, bootstrapping=BootstrapKeys(**{name: _loaded(load, arrays[name], kind) for name, load in loaders.items()}))
