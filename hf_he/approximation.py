@@ -170,26 +170,6 @@ def fit_polynomial(function: str, interval: Interval, degree: int) -> Polynomial
     return Polynomial(function, (low, high), coefficients, certify(spec, low, high, series), "relative" if spec.root else "absolute")
 
 
-def minimal_polynomial(function: str, interval: Interval, max_error: float, max_degree: int = 127) -> Polynomial:
-    """The shallowest polynomial whose certified error is at most `max_error`: degrees 1, 3, 7, 15, ... (one more level each).
-
-    Raises:
-        ApproximationError: none up to `max_degree` is good enough; the message says what the largest one reaches.
-    """
-    best = None
-    degree = 1
-    while degree <= max_degree:
-        best = fit_polynomial(function, interval, degree)
-        if best.max_error <= max_error:
-            return best
-        degree = 2 * degree + 1
-    reached = f"degree {best.degree} reaches {best.max_error:.3g}" if best else f"no degree up to {max_degree}"
-    raise ApproximationError(
-        f"{function} on [{interval[0]:g}, {interval[1]:g}]: error {max_error:g} asked, {reached}. "
-        "Narrow the interval (train with the range penalty), allow a larger degree or a larger error."
-    )
-
-
 @lru_cache(maxsize=1024)
 def fit_inverse_square_root(interval: Interval, degree: int, newton_steps: int) -> InverseSquareRoot:
     """1 / sqrt on `interval` (0 < lo < hi): minimax guess in relative error, then Newton.

@@ -14,7 +14,6 @@ from hf_he.approximation import (
     fit_polynomial,
     fit_reciprocal,
     kernel_exponential,
-    minimal_polynomial,
 )
 from hf_he.chebyshev import evaluate_chebyshev, halve_series
 from hf_he.errors import ApproximationError
@@ -172,11 +171,6 @@ def test_kernel_exponential_reaches_below_its_zero(low):
     assert (approximation(x) - x.exp()).abs().max() <= approximation.max_error < 0.02
 
 
-def test_minimal_polynomial_takes_the_fewest_levels():
-    polynomial = minimal_polynomial("tanh", (-4.0, 4.0), 1e-3)
-    assert polynomial.max_error <= 1e-3 < fit_polynomial("tanh", (-4.0, 4.0), (polynomial.degree - 1) // 2).max_error
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -185,7 +179,6 @@ def test_minimal_polynomial_takes_the_fewest_levels():
         (lambda: fit_polynomial("gelu", (-1.0, math.inf), 7), "not an interval"),
         (lambda: fit_polynomial("inverse_sqrt", (0.0, 1.0), 7), "must be positive"),
         (lambda: fit_polynomial("gelu", (-1.0, 1.0), 0), "outside 1..255"),
-        (lambda: minimal_polynomial("relu", (-50.0, 50.0), 1e-4, 63), "Narrow the interval"),
         (lambda: fit_inverse_square_root((1e-6, 100.0), 3, 2), "Newton diverges"),
         (lambda: fit_inverse_square_root((0.1, 1.0), 3, -1), "must not be negative"),
         (lambda: fit_reciprocal((0.1, 1.0), 3, -1), "must not be negative"),

@@ -100,9 +100,16 @@ class Adapter(ABC):
         levels: dict[int, int] = {}
         for step, level in asked:
             self._check_level(level)
-            step = int(step) % self.parameters.slots
+            step = self._rotation_step(step)
             levels[step] = max(level, levels.get(step, 0))
         return {step: levels[step] for step in sorted(levels.keys() - {0})}
+
+    def _rotation_step(self, step: int) -> int:
+        """The same rotation as a step of 0 ... slots - 1."""
+        try:
+            return operator.index(step) % self.parameters.slots
+        except TypeError:
+            raise ShapeError(f"a rotation step is a whole number of slots, not {step!r}") from None
 
     def _check_pair(self, a: Ciphertext, b: Ciphertext, same_scale: bool = False) -> None:
         if a.key_id != b.key_id:
@@ -199,7 +206,7 @@ class Adapter(ABC):
 
     def _check_steps(self, a: Ciphertext, steps: Sequence[int]) -> tuple[int, ...]:
         self._check_two(a)
-        steps = tuple(int(s) % self.parameters.slots for s in steps)
+        steps = tuple(map(self._rotation_step, steps))
         if not steps:
             raise ShapeError("a rotation takes at least one step: leave the call out for none")
         if any(steps):

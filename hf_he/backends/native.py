@@ -19,7 +19,7 @@ from hf_he.ckks.bootstrapping.keys import BootstrappingKeys, generate_parts
 from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.context import context_for
 from hf_he.ckks.evaluator import Evaluator
-from hf_he.ckks.jit import cache_folder
+from hf_he.ckks.jit import has_compiled
 from hf_he.ckks.keys import PublicKey, SecretKey, SwitchingKeys
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.ckks.random import SEED_BYTES
@@ -53,7 +53,7 @@ class NativeBackend(HEBackend):
 
     # ---- keys ----
     def generate_secret_key(self) -> SecretKey:
-        if not cache_folder().exists():
+        if not has_compiled():
             logger.warning("Compiling the kernels of the native engine, once for this installation: about a minute of one idle core.")
         return SecretKey.generate(self.context)
 

@@ -55,6 +55,11 @@ def cache_is_writable() -> bool:
     return True
 
 
+def has_compiled() -> bool:
+    """Whether any kernel of these sources has been compiled and kept."""
+    return any(cache_folder().rglob("*.nbi"))
+
+
 def kernel(function: Callable | None = None, *, parallel: bool = False) -> Callable:
     """Decorate a function that compiles to machine code without bounds checks, cached per version of these sources where the cache can be written."""
     if function is None:

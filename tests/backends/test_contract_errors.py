@@ -133,6 +133,10 @@ def test_sums_and_stacks_of_nothing_have_names(party):
         he.stack([])
     with pytest.raises(ShapeError, match="at least one step"):
         he.rotate(ct, ())
+    with pytest.raises(ShapeError, match="whole number of slots"):
+        he.rotate(ct, [1.7])
+    with pytest.raises(ShapeError, match="whole number of slots"):
+        he.generate_evaluation_keys(party.secret, [1.7])
     with pytest.raises(ShapeError, match="at least 1"):
         he.linear_combination(np.zeros((2, 0), dtype=np.int64), empty)
     with pytest.raises(ShapeError, match="at least 1"):

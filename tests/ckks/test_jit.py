@@ -25,7 +25,8 @@ def twice(x):
 def thrice(x):
     return 3 * x
 
-print(twice(21), thrice(14), jit.cache_folder())
+before = jit.has_compiled()
+print(twice(21), thrice(14), before, jit.has_compiled(), jit.cache_folder())
 """
 
 
@@ -42,12 +43,13 @@ def run(folder, **variables):
 def test_without_a_writable_folder_nothing_is_cached_and_one_warning_names_the_variable(variable, tmp_path):
     (tmp_path / "file").touch()
     done, cached = run(tmp_path, **{variable: str(tmp_path / "file" / "cache")})
-    assert done.stdout.startswith("42 42 ") and cached == []
+    assert done.stdout.startswith("42 42 False False ") and cached == []
     assert done.stderr.count("RuntimeWarning: cannot write to") == 1 and f"Set {variable} to a folder" in done.stderr
 
 
 def test_machine_code_is_kept_in_the_folder_of_these_sources(tmp_path):
     done, cached = run(tmp_path, HF_HE_CACHE=str(tmp_path / "cache"))
     folder = done.stdout.split()[-1]
+    assert done.stdout.startswith("42 42 False True ")
     assert folder.startswith(str(tmp_path / "cache" / "kernels-")) and "RuntimeWarning" not in done.stderr
     assert len(cached) == 4 == sum(len([f for f in files if ".nb" in f]) for _, _, files in os.walk(folder))
