@@ -122,7 +122,7 @@ class DesiloBackend(HEBackend):
         if bootstrapping:
             self._check_bootstraps_all_slots(bootstrapping_slots)
             extra = BootstrapKeys(engine.create_conjugation_key(secret), engine.create_roll_key(secret), engine.create_small_bootstrap_key(secret))
-        steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
+        steps = sorted({self._rotation_step(s) for s in rotations} - {0})
         keys = {}
         for done, step in enumerate(steps, start=1):
             keys[step] = engine.create_fixed_rotation_key(secret, step)

@@ -99,7 +99,7 @@ class FheliumBackend(HEBackend):
         if bootstrapping:
             self._check_bootstraps_all_slots(bootstrapping_slots)
             extra = FheliumBootstrappingKeys.collect(self._bootstrapping_parts(secret_key, progress))
-        steps = sorted({int(s) % self.parameters.slots for s in rotations} - {0})
+        steps = sorted({self._rotation_step(s) for s in rotations} - {0})
         secret, engine, keys = secret_key.secret, self._engine, {}
         for done, step in enumerate(steps, start=1):
             keys[step] = engine.create_rotation_key(self._shift(step), secret, device=self.device).to(HOST)
