@@ -142,4 +142,4 @@ def evaluate_encrypted(
 
 
 def _perplexity(logits: torch.Tensor, blocks: torch.Tensor) -> float:
-    return math.exp(min(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())), 700.0))
+    return math.exp(min(700.0, float(F.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()))))

@@ -74,8 +74,11 @@ def score(metric: str, labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def predictions_from_logits(dataset: TextDataset, logits: np.ndarray) -> np.ndarray:
-    """Classes [rows] (argmax), or the single output as a score for regression tasks."""
-    return logits[:, 0] if dataset.is_regression else logits.argmax(-1)
+    """Classes [rows] (argmax), or the single output as a score for regression tasks. Logits that are not finite are a wrong class, or 0."""
+    finite = np.isfinite(logits).all(-1)
+    if dataset.is_regression:
+        return np.where(finite, logits[:, 0], 0.0)
+    return np.where(finite, logits.argmax(-1), (np.asarray(dataset.labels) + 1) % logits.shape[-1])
 
 
 def check_labels(model: nn.Module, dataset: TextDataset) -> None:

@@ -9,6 +9,7 @@ A polynomial is only right on the interval it was fitted on. In polynomial mode 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -268,7 +269,7 @@ def evaluate_polynomial(polynomial: Polynomial, x: torch.Tensor) -> torch.Tensor
 @dataclass
 class LayerRange:
     """What one layer's approximated quantity did: `statistic` is "variance" (what a norm takes the root of), "input", "exponent",
-    "kernel_mean", "power_mean" or "score"."""
+    "kernel_mean", "power_mean" or "score". NaN counts as both infinities; values that are not finite are out of range without an interval too."""
 
     statistic: str
     interval: tuple[float, float] | None
@@ -279,10 +280,13 @@ class LayerRange:
 
     def update(self, values: torch.Tensor) -> None:
         low, high = (float(v) for v in torch.aminmax(values))
+        if math.isnan(low):
+            low, high = -math.inf, math.inf
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.count += values.numel()
-        if self.interval is not None and not _inside(low, high, self.interval):
-            self.out_of_range += int(values.numel() - ((values >= self.interval[0]) & (values <= self.interval[1])).sum())
+        lowest, highest = self.interval or (torch.finfo(values.dtype).min, torch.finfo(values.dtype).max)
+        if not _inside(low, high, (lowest, highest)):
+            self.out_of_range += int(values.numel() - ((values >= lowest) & (values <= highest)).sum())
 
 
 class _Observer(ABC):
@@ -319,7 +323,7 @@ class RangeTracker:
         return sum(r.out_of_range for r in self.ranges.values())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """JSON-ready: {layer: {statistic, interval, minimum, maximum, count, out_of_range}}."""
+        """{layer: {statistic, interval, minimum, maximum, count, out_of_range}}, JSON-ready as long as minimum and maximum are finite."""
         return {name: asdict(r) for name, r in self.ranges.items()}
 
 

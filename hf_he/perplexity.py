@@ -17,7 +17,8 @@ from hf_he.nn import RangeTracker
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """`perplexity` = exp(mean negative log-likelihood) over `tokens` predictions; `bits_per_token` is its base-2 logarithm."""
+    """`perplexity` = exp(mean negative log-likelihood) over `tokens` predictions, at most exp(700), which logits that are not finite get;
+    `bits_per_token` is its base-2 logarithm."""
 
     mode: str
     perplexity: float
@@ -61,4 +62,4 @@ def evaluate_perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: i
             total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
     model.train(training)
     tokens = blocks.shape[0] * (blocks.shape[1] - 1)
-    return PerplexityResult(getattr(model.config, "mode", "exact"), math.exp(min(total / tokens, 700.0)), tokens, tracker.to_dict())
+    return PerplexityResult(getattr(model.config, "mode", "exact"), math.exp(min(700.0, total / tokens)), tokens, tracker.to_dict())

@@ -16,7 +16,7 @@ import hf_he  # noqa: F401  (registers HEBert)
 from hf_he import evaluation
 from hf_he.data import TextDataset
 from hf_he.errors import DataError
-from hf_he.evaluation import baselines, encode_texts, evaluate_model, score
+from hf_he.evaluation import baselines, encode_texts, evaluate_model, predictions_from_logits, score
 
 ROWS = TextDataset("mr", "dev", tuple(SENTENCES), None, (1, 0, 1, 1, 0))
 
@@ -87,6 +87,12 @@ def test_values_outside_are_counted_instead_of_raised(model, tokenizer):
     assert result.out_of_range == result.ranges["bert.pooler.activation"]["out_of_range"] > 0
 
 
+def test_logits_that_are_not_finite_are_wrong_whatever_the_label():
+    logits = np.array([[np.nan, 0.0], [0.0, np.inf], [0.0, 1.0], [np.nan, 1.0], [1.0, 0.0]])
+    assert list(predictions_from_logits(ROWS, logits) == ROWS.labels) == [False, False, True, False, True]
+    assert list(predictions_from_logits(replace(ROWS, task="stsb"), logits[:, :1])) == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
 def test_a_head_of_another_task_is_refused(model, tokenizer):
     with pytest.raises(DataError, match=r"has 2 output.*task stsb needs 1"):
         evaluate_model(model, tokenizer, replace(ROWS, task="stsb", labels=(0.5,) * 5))
@@ -142,6 +148,16 @@ def test_command_prints_the_json_contract(directory, sst2_folder, mode):
     assert {"task", "split", "mode", "rows", "metric", "score", "out_of_range", "ranges", "baselines"} == set(data)
     assert (data["task"], data["split"], data["mode"], data["rows"], data["metric"], data["out_of_range"]) == ("sst2", "dev", mode, 5, "accuracy", 0)
     assert set(data["baselines"]) == {"majority", "tfidf_logistic_regression"}
+
+
+def test_command_diagnoses_a_model_that_leaves_every_range(model, tokenizer, sst2_folder, tmp_path):
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.query.weight.mul_(1e4)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    result = run("--model", tmp_path / "model", "--task", "sst2", "--split", "dev", "--data-dir", sst2_folder, "--no-baselines", "--json")
+    data = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert data["score"] == 0.0 and data["out_of_range"] > 0 and data["ranges"]["bert.pooler.activation"]["maximum"] is None
 
 
 def test_command_prints_tables(directory, sst2_folder):

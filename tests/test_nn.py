@@ -1,6 +1,7 @@
 """HELayerNorm, HERMSNorm and PolynomialActivation in both modes, rotary embedding, range tracking, live ranges and torch-function dispatch."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_he.nn import (
     EXACT_ACTIVATIONS,
     HELayerNorm,
     HERMSNorm,
+    LayerRange,
     PolynomialActivation,
     RangeTracker,
     activation,
@@ -203,6 +205,15 @@ class TestRangeTracker:
         with RangeTracker(norm) as tracker:
             norm(20 * hidden_states)
         assert tracker.out_of_range == 10
+
+    @pytest.mark.parametrize(
+        ("values", "ends"), [((2.0, math.inf), (0.0, math.inf)), ((-math.inf, 2.0), (-math.inf, 2.0)), ((math.nan, 2.0), (-math.inf, math.inf))]
+    )
+    def test_values_that_are_not_finite_are_out_of_any_range(self, values, ends):
+        seen = LayerRange("input", None)
+        for batch in ((0.0, 1.0), values, (0.5, 1.0)):
+            seen.update(torch.tensor(batch))
+        assert (seen.minimum, seen.maximum, seen.count, seen.out_of_range) == (*ends, 6, 1)
 
     def test_only_its_own_model_is_tracked(self, norm, hidden_states):
         other = copy.deepcopy(norm)

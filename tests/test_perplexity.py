@@ -39,6 +39,12 @@ def test_a_model_without_knowledge_has_the_perplexity_of_its_vocabulary(model):
     assert evaluate_perplexity(model, torch.arange(16).view(2, 8)).perplexity == pytest.approx(40.0, rel=1e-5)
 
 
+def test_logits_that_are_no_numbers_have_the_largest_perplexity(model):
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    assert evaluate_perplexity(model, torch.arange(16).view(2, 8)).perplexity == math.exp(700.0)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 1), (8,)])
 def test_nothing_to_predict(model, shape):
     with pytest.raises(ShapeError, match="nothing to predict"):

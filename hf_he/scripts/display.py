@@ -40,8 +40,8 @@ def data_size(size: float) -> str:
 
 
 def print_json(data: Any) -> None:
-    """JSON on stdout, unwrapped and uncoloured."""
-    print(json.dumps(data, indent=2, allow_nan=False))
+    """JSON on stdout, unwrapped and uncoloured; null for numbers that are not finite, which JSON lacks."""
+    print(json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None), indent=2, allow_nan=False))
 
 
 @contextmanager

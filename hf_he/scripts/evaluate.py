@@ -147,14 +147,11 @@ def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str
             client.keygen(count_progress(progress)).save(folder)
         with local_server(directory, Path(folder) / EVALUATION_FILE) as server, progress_bar("Running the model on ciphertexts") as progress:
             result = client.infer(server, rows.first, None if rows.is_regression else rows.labels, server_progress(progress))
-    wrong = np.full(client.model.config.num_labels, np.nan)
-    logits = np.asarray([wrong if sentence.logits is None else sentence.logits for sentence in result.sentences])
-    predictions = predictions_from_logits(rows, np.nan_to_num(logits))
-    if not rows.is_regression:
-        predictions = np.where(np.isnan(logits).any(1), -1, predictions)
+    refused = np.full(client.model.config.num_labels, np.nan)
+    logits = np.asarray([refused if sentence.logits is None else sentence.logits for sentence in result.sentences])
     return {
         "mode": "encrypted",
-        "score": score(rows.metric, np.asarray(rows.labels), predictions),
+        "score": score(rows.metric, np.asarray(rows.labels), predictions_from_logits(rows, logits)),
         "backend": client.backend.name,
         "security_bits": client.backend.parameters.security_bits,
         "agreement": result.agreement,

@@ -128,12 +128,18 @@ def calibrate(model: nn.Module, ranges: Mapping[str, LayerRange], degrees: Degre
 
     Variances get the margin as a factor on both sides, means of rows its p-th power, so that it is one of the scores (nothing is below eps, and no mean of
     Gaussian weights above 1 + eps), activations and scores a symmetric interval (which halves the work of an even or odd polynomial), exponents a
-    lower end and, should it need them, more squarings. Ends are rounded outwards to two significant digits.
+    lower end and, should it need them, more squarings. Ends are rounded outwards to two significant digits. Raises ApproximationError for values that
+    were not finite, and for an activation without a degree.
     """
     modules = {getattr(module, "layer_name", "") or name: module for name, module in model.named_modules()}
     functions = _activation_functions(model)
     approximations: dict[str, dict[str, Any]] = {}
     for name, seen in ranges.items():
+        if not (math.isfinite(seen.minimum) and math.isfinite(seen.maximum)):
+            raise ApproximationError(
+                f"{name}: {seen.statistic} was infinite or no number on the calibration data, which no interval covers: check the weights, and calibrate in "
+                "mode='exact' where polynomials overflow."
+            )
         if seen.statistic == "exponent":
             lowest = _round_up(-seen.minimum * (1.0 + margin))
             entry = {"interval": [-lowest, 0.0], "squarings": max(degrees.squarings, math.ceil(math.log2(lowest)))}

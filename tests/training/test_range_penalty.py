@@ -93,6 +93,15 @@ def test_a_wide_exponent_gets_the_squarings_it_needs(model):
     assert entry == {"interval": [-100.0, 0.0], "squarings": 7}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_interval_covers_values_that_are_not_finite(model, value):
+    seen = LayerRange("exponent", None)
+    for values in ([-1.0, value], [-2.0, -1.0]):
+        seen.update(torch.tensor(values))
+    with pytest.raises(ApproximationError, match="exponent was infinite or no number"):
+        calibrate(model, {"bert.encoder.layer.0.attention.self": seen}, Degrees())
+
+
 def test_an_activation_without_target_or_degree_is_named(model, batch):
     with pytest.raises(ApproximationError, match="no range target for input of gelu"):
         RangePenalty.for_model(model, batch, RangeTargets(activations={"tanh": 1.0}))
