@@ -77,7 +77,7 @@ class StockFamily:
             raise UnsupportedModelError(
                 f"No polynomial for hidden_act={fields['hidden_act']!r}; pass the closest of {', '.join(EXACT_ACTIVATIONS)} as hidden_act."
             )
-        target = target_class(self.config_class(**fields)).to(source.dtype)
+        target = target_class._from_config(self.config_class(**fields), dtype=source.dtype)
         shapes = {name: value.shape for name, value in target.state_dict().items()}
         weights = {name: value for name, value in _renamed(source, target).items() if name in shapes and value.shape == shapes[name]}
         missing = [name for name in shapes if name not in weights]

@@ -120,6 +120,15 @@ class TestConversion:
         assert (type(loaded), loaded.config.attention_kernel) == (HELlamaForCausalLM, kernel)
         assert torch.equal(loaded(tokens()).logits, converted(tokens()).logits)
 
+    def test_rotary_frequencies_of_16_bit_models_stay_in_float32(self, tmp_path):
+        stock(max_position_embeddings=800).to(torch.bfloat16).save_pretrained(tmp_path)
+        source, converted = LlamaForCausalLM.from_pretrained(tmp_path), convert_llama(tmp_path, attention_kernel="softmax")
+        ours, theirs = converted.model.rotary_emb.inv_freq, source.model.rotary_emb.inv_freq
+        assert converted.dtype == torch.bfloat16 and ours.dtype == torch.float32 and torch.equal(ours, theirs)
+        converted.save_pretrained(tmp_path / "converted")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+        assert torch.equal(loaded(tokens(2, 700)).logits, converted(tokens(2, 700)).logits)
+
     def test_generation_of_the_stock_model(self):
         source = stock(eos_token_id=7)
         source.generation_config.max_new_tokens = 6
