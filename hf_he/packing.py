@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hf_he.errors import ShapeError
+from hf_he.errors import ParameterError, ShapeError
 
 TOKEN_BABY_STEPS = 8
 
@@ -149,11 +149,15 @@ def pack_attention_mask(mask: np.ndarray, packing: Packing, power: int | None = 
 
     Encrypting it keeps the lengths private. It multiplies the values (of the Gaussian kernel) or scores (of the power softmax), which is exact: a
     masked key contributes nothing. With `power`, ones become n^(-1 / power) for a sequence of n: what a bidirectional power softmax that
-    divides its rows by their number of valid keys takes.
+    divides its rows by their number of valid keys takes; a causal one counts keys by their position, and wants its padding on the right.
+
+    Raises ShapeError for another shape, ParameterError for other values.
     """
     mask = np.asarray(mask, dtype=np.float64)
     if mask.ndim != 2:
         raise ShapeError(f"the attention mask must be [sequences, tokens], got shape {mask.shape}")
+    if not np.isin(mask, (0.0, 1.0)).all():
+        raise ParameterError("an attention mask holds 1 for a token and 0 for padding, nothing else")
     if power is not None:
         mask = mask * np.maximum(mask.sum(-1, keepdims=True), 1.0) ** (-1.0 / power)
     return np.repeat(_lanes(mask, packing)[..., None], packing.features, axis=-1).reshape(1, packing.slots)

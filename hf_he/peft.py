@@ -34,6 +34,8 @@ class HELoraConfig(LoraConfig):
             self.lora_alpha = self.r
         if self.lora_alpha != self.r:
             raise ParameterError(f"lora_alpha {self.lora_alpha} with r {self.r} scales every adapter, which costs a level: leave it out, and scale the rate")
+        if self.r < 1:
+            raise ParameterError(f"r must be at least 1, got {self.r}")
         refused = {
             "lora_dropout": bool(self.lora_dropout),
             "use_rslora": self.use_rslora,
@@ -46,6 +48,8 @@ class HELoraConfig(LoraConfig):
             "target_parameters": bool(self.target_parameters),
             "trainable_token_indices": bool(self.trainable_token_indices),
             "layer_replication": bool(self.layer_replication),
+            "alora_invocation_tokens": bool(self.alora_invocation_tokens),
+            "use_qalora": self.use_qalora,
         }
         for name, wrong in refused.items():
             if wrong:

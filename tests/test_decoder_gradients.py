@@ -61,6 +61,19 @@ def test_cut_projections(lab, level):
     check(lab, cut, lab.states(), lab.random(2, 16), lab.random(48, 2), level=level)
 
 
+def test_a_matrix_used_cut_and_whole(lab):
+    weight, back = lab.random(48, 16) / 4, lab.random(16, 48) / 7
+
+    def shared(x, a, b):
+        def fused():
+            return F.linear(x, weight) + F.linear(F.linear(x, a), b)
+
+        query = fused().view(8, 8, 2, 24).transpose(1, 2).chunk(3, dim=-1)[0].transpose(1, 2).reshape(8, 8, 16)
+        return query + F.linear(fused(), back)
+
+    check(lab, shared, lab.states(), lab.random(2, 16), lab.random(48, 2))
+
+
 @pytest.mark.parametrize("level", [7, 1, 0])
 def test_a_selection_for_whoever_takes_features_in_order(lab, level):
     """The gradient is moved by a linear map of 0 and 1."""

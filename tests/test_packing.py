@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_he.errors import ShapeError
+from hf_he.errors import ParameterError, ShapeError
 from hf_he.packing import Packing, ScoreLayout, pack_attention_mask, pack_embeddings, unpack_logits, unpack_state
 
 
@@ -83,3 +83,8 @@ def test_logits_come_from_the_first_token():
 def test_shapes_that_do_not_fit_say_what_to_choose(call, hint):
     with pytest.raises(ShapeError, match=hint):
         call()
+
+
+def test_masks_hold_zeros_and_ones():
+    with pytest.raises(ParameterError, match="1 for a token"):
+        pack_attention_mask(np.full((1, 4), 2), Packing.fit(64, 4, 4))

@@ -11,6 +11,7 @@ from hf_he.peft import HELoraConfig
     [
         {"lora_alpha": 8, "r": 4}, {"lora_dropout": 0.1}, {"use_rslora": True}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"query": 1}},
         {"init_lora_weights": "pissa"}, {"target_parameters": ["weight"]}, {"trainable_token_indices": [1]}, {"layer_replication": [(0, 1)]},
+        {"alora_invocation_tokens": [1]}, {"use_qalora": True}, {"r": 0},
     ],
     ids=str,
 )  # fmt: skip

@@ -280,6 +280,9 @@ def test_shapes_are_checked(lab):
     x = lab.encrypt(lab.states())
     with pytest.raises(ShapeError, match="16 features"):
         F.linear(x, lab.random(4, 8))
+    for bias in (lab.random(3), lab.session.bias(lab.encrypt(lab.states()).ciphertext, 8)):
+        with pytest.raises(ShapeError, match="bias of shape"):
+            F.linear(x, lab.random(16, 16), bias)
     with pytest.raises(ShapeError, match="one shape"):
         _ = x + lab.encrypt(lab.states(32))
     with pytest.raises(ShapeError, match="one ciphertext"):

@@ -78,8 +78,8 @@ class Adapter(ABC):
 
     # ---- checks ----
     def _check_level(self, level: int) -> None:
-        if not 0 <= level <= self.parameters.max_level:
-            raise LevelError(f"level {level} is outside 0..{self.parameters.max_level} of these parameters")
+        if not isinstance(level, int | np.integer) or not 0 <= level <= self.parameters.max_level:
+            raise LevelError(f"a level is an integer of 0..{self.parameters.max_level} with these parameters, not {level!r}")
 
     def _reals(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values)
@@ -154,7 +154,7 @@ class Adapter(ABC):
         return factor
 
     def _check_scalar(self, value: float) -> float:
-        if isinstance(value, complex):
+        if np.iscomplexobj(value):
             raise ParameterError("a scalar operand must be real: multiply or add its real and its imaginary part apart")
         value = float(value)
         if not math.isfinite(value):

@@ -290,7 +290,8 @@ class HEBackend(Adapter):
 
     def drop_level(self, a: Ciphertext, level: int) -> Ciphertext:
         """Forget limbs down to `level`; the scale stays what it was (use `match_level` for a canonical result)."""
-        if not 0 <= level <= a.level:
+        self._check_level(level)
+        if level > a.level:
             raise LevelError(f"cannot drop from level {a.level} to {level}")
         return a if level == a.level else replace(a, payload=self._drop_level(a, level), level=level)
 
@@ -301,6 +302,7 @@ class HEBackend(Adapter):
             return a
         if level > a.level:
             raise LevelError(f"this ciphertext is at level {a.level}, level {level} was asked for: refresh it first")
+        self._check_level(level)
         a = self.drop_level(a, level + 1)
         return self.rescale(self.multiply_scalar(a, 1.0, scale=self._matching_factor(a, level)))
 

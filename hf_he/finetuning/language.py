@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from hf_he.checkpoints import load_tokenizer
-from hf_he.errors import CheckpointError, CorruptFileError, DataError, RangeError, TrainingError
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, ParameterError, RangeError, TrainingError
 from hf_he.finetuning.client_folder import RUN_FILE, finished_step, read_run, write_run
 from hf_he.finetuning.language_client import LanguageTrainingClient, no_windows
 from hf_he.finetuning.language_step import LanguageTwin, adapted_decoder, next_token_loss
@@ -85,7 +85,9 @@ class EncryptedTextTrainer:
         self.client = GenerationClient.from_pretrained(model, backend=backend, parameters=parameters, keys=keys if ready else None, context=context)
         self.tokenizer = load_tokenizer(model)
         self.windows, self.lengths = self._accepted(*text_windows(self.tokenizer(text)["input_ids"], context))
-        size = min(batch_size or self.client.packing.sequences, len(self.windows))
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ParameterError(f"batch_size is a whole number of texts from 1, not {batch_size!r}: leave it out for all lanes")
+        size = min(self.client.packing.sequences if batch_size is None else batch_size, len(self.windows))
         self.order = DataOrder(len(self.windows), size, seed)
         self.losses = _read_losses(own / LOSSES_FILE) if (own / LOSSES_FILE).is_file() else []
         draft = TrainingSettings(

@@ -77,9 +77,8 @@ class EncryptedLora:
         except ValueError as error:
             raise ModelMismatchError(f"this model has no modules {', '.join(self.target_modules)} to adapt: use the model the adapter was made for") from error
 
-    def install(self, session: EncryptedSession, tuned: PeftModel) -> None:
-        """The ciphertexts as weights of `tuned`. Raises CorruptFileError when they are not what encryption or training leaves."""
-        layout = AdapterLayout.of(tuned, session.packing)
+    def install(self, session: EncryptedSession, tuned: PeftModel, layout: AdapterLayout) -> None:
+        """The ciphertexts as weights of `tuned`, of that layout. Raises CorruptFileError when they are not what encryption or training leaves."""
         dense = session.backend.deserialize(self.weights, "ciphertext")
         canonical = session.backend.parameters.scale_at(dense.level)
         if dense.batch_shape != (layout.count,) or dense.components != 2 or abs(dense.scale / canonical - 1) > 1e-9 or dense.key_id != self.identity.key_id:

@@ -105,7 +105,8 @@ class EncryptedCache(Cache):
     """The cache of one generation. `lengths` [B] are the tokens of each sequence lane, public; `max_tokens` how many it may hold; `prompts` how many
     of the sequence lanes differ, the others being copies.
 
-    Grouped keys and values are kept once per query head. Raises ShapeError when a chunk per feature of a head is not enough for `max_tokens`.
+    Grouped keys and values are kept once per query head. Raises ShapeError when the heads are not as wide as the hidden states, and when a chunk per
+    feature of a head is not enough for `max_tokens`.
     """
 
     def __init__(self, session: EncryptedSession, config: Any, max_tokens: int | None = None, prompts: int | None = None) -> None:
@@ -114,6 +115,9 @@ class EncryptedCache(Cache):
         self.heads = config.num_attention_heads
         self.max_tokens = packing.tokens if max_tokens is None else max_tokens
         self.prompts = packing.sequences if prompts is None else prompts
+        width = self.heads * (getattr(config, "head_dim", None) or config.hidden_size // self.heads)
+        if width != packing.features:
+            raise ShapeError(f"the {self.heads} heads have {width} features, the states {packing.features}: generation on ciphertexts needs as many")
         limit = packing.tokens * (packing.features // self.heads)
         if not 1 <= self.max_tokens <= limit:
             raise ShapeError(f"a cache of {self.max_tokens} tokens is outside of 1..{limit}, what {packing.tokens} lanes and this head size allow")

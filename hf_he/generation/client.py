@@ -105,7 +105,7 @@ class GenerationClient:
     def begin(
         self, prompts: Sequence[Sequence[int]], server: InferenceServer | None = None, progress: Progress | None = None, select: str = CLIENT
     ) -> Generation:
-        """Send token ids of up to `packing.sequences` prompts, each of 1 to `packing.tokens`; `Generation.logits` are those after their last tokens.
+        """Send token ids of up to `packing.sequences` prompts, each of 1 to `packing.tokens` and `max_tokens`; `Generation.logits` follow their last tokens.
 
         With `select` "server", for one prompt, the server takes the most likely token itself and needs no embedding of it: `Generation.chosen`.
 
@@ -118,8 +118,11 @@ class GenerationClient:
             raise ShapeError(
                 f"{len(prompts)} prompts do not fit {packing.sequences} sequence lanes of {packing.tokens} tokens: use a smaller context, or fewer"
             )
-        if not all(1 <= len(prompt) <= packing.tokens for prompt in prompts):
-            raise ShapeError(f"prompts must have 1 to {packing.tokens} tokens, got {[len(prompt) for prompt in prompts]}: shorten them, or raise the context")
+        longest = min(packing.tokens, self.max_tokens)
+        if not all(1 <= len(prompt) <= longest for prompt in prompts):
+            raise ShapeError(
+                f"prompts must have 1 to {longest} tokens, got {[len(prompt) for prompt in prompts]}: shorten them, or raise context and max_tokens"
+            )
         generation = Generation(self, self._server(server), [len(prompt) for prompt in prompts], self._reference())
         filled = self._filled(prompts, generation.reference)
         start = time.perf_counter()

@@ -40,7 +40,8 @@ def encrypted_generate(
 
     `server` takes the place of `client.server`. `token_streamer`: a TextStreamer or the like; transformers does not hand `streamer` to custom generation.
     `select="server"`: the server takes the most likely token itself, by an encrypted argmax, and goes on with it; the client learns which it was.
-    The generation stays available as `client.last`, its cache on the server. `num_return_sequences` fill as many sequence lanes.
+    The generation stays available as `client.last`, its cache on the server. `num_return_sequences` fill as many sequence lanes. A sequence that has ended
+    is sent its last token again instead of padding, which training may never have seen.
 
     Raises ModelMismatchError when `client` was made for another vocabulary, ParameterError for beams, GenerationError, before anything is encrypted, for
     more new tokens than the cache has room for, and the errors of `GenerationClient.begin` and `Generation.step`.
@@ -66,7 +67,7 @@ def encrypted_generate(
     generation = client.begin([row.tolist() for row in rows], server, progress, select)
     if token_streamer is not None:
         token_streamer.put(input_ids)
-    unfinished = torch.ones(len(rows), dtype=torch.long)
+    unfinished, sent = torch.ones(len(rows), dtype=torch.long), torch.stack([row[-1] for row in rows])
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
@@ -82,13 +83,14 @@ def encrypted_generate(
             tokens = processed.argmax(-1)
         if generation_config._pad_token_tensor is not None:
             tokens = tokens * unfinished + generation_config._pad_token_tensor * (1 - unfinished)
+        sent = torch.where(unfinished.bool(), tokens, sent)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         if token_streamer is not None:
             token_streamer.put(tokens)
         unfinished = unfinished & ~stopping_criteria(input_ids, tuple(scores)).long()
         if not unfinished.any():
             break
-        generation.step(tokens.tolist(), progress)
+        generation.step(sent.tolist(), progress)
     if token_streamer is not None:
         token_streamer.end()
     if not generation_config.return_dict_in_generate:

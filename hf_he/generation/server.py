@@ -22,6 +22,7 @@ import torch
 
 from hf_he.backends import Ciphertext
 from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, ParameterError
+from hf_he.finetuning.adapter import AdapterLayout
 from hf_he.generation.adapter import EncryptedLora, is_encrypted
 from hf_he.generation.cache import EncryptedCache
 from hf_he.generation.decoder import EncryptedDecoder
@@ -145,7 +146,7 @@ class GenerationServer(Server):
         lora = EncryptedLora.load(self._adapter)
         lora.identity.check(replace(self.identity, model=self._base_fingerprint), "encrypted adapter")
         tuned = lora.attach(self.model)
-        self._install = partial(lora.install, self.session, tuned)
+        self._install = partial(lora.install, self.session, tuned, AdapterLayout.of(tuned, self.packing))
         return EncryptedDecoder(self.session, tuned.get_base_model(), uniform=False)
 
     def _install_adapter(self) -> None:
@@ -161,10 +162,11 @@ class GenerationServer(Server):
     def _open_prompt(self, message: EncryptedPrompt) -> TokenWork:
         message.identity.check(self.identity, "encrypted prompt")
         packing = self.packing
-        if len(message.lengths) != packing.sequences or max(message.lengths) > packing.tokens:
+        longest = min(packing.tokens, self.max_tokens)
+        if len(message.lengths) != packing.sequences or max(message.lengths) > longest:
             raise ModelMismatchError(
-                f"prompts of {max(message.lengths)} tokens in {len(message.lengths)} lanes do not fit this server, which takes up to {packing.tokens} in "
-                f"{packing.sequences}: use the context it was started with"
+                f"prompts of {max(message.lengths)} tokens in {len(message.lengths)} lanes do not fit this server, which takes up to {longest} in "
+                f"{packing.sequences}: use the context and max_tokens it was started with"
             )
         if message.generation in self._generations:
             raise GenerationError("this prompt was sent before: encrypt it again to begin another generation")

@@ -65,6 +65,8 @@ def _attend(
 ) -> tuple[EncryptedTensor, None]:
     """The Gaussian kernel, or with a `form` its powers over their row sums or over a constant."""
     if cached.is_cached(key):
+        if attention_mask is not None:
+            raise unsupported(name, " with a mask over a cache: the lengths of the cache say which tokens count")
         return cached.attend(name, module, query, key, value, scaling, approximation, form)
     (query, key, value), mask, trained = attention_operands(name, query, key, value, attention_mask, dropout)
     batch, heads, tokens, head_dim = query.shape

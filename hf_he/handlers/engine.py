@@ -52,4 +52,4 @@ def _accumulate_in_place(a: EncryptedTensor, b: EncryptedTensor) -> EncryptedTen
 
 
 def _sum(a: Operand, b: Operand) -> Operand:
-    return a.plus(b) if isinstance(a, WeightGradient | Gathered) and isinstance(b, WeightGradient | Gathered) else WaitingSum(a, b)
+    return a.plus(b) if type(a) is type(b) and isinstance(a, WeightGradient | Gathered) else WaitingSum(a, b)

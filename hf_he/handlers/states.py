@@ -20,6 +20,8 @@ def _linear(input: Any, weight: torch.Tensor, bias: torch.Tensor | None = None) 
     source = state_operand(input, F.linear)
     if weight.shape[1] != source.features:
         raise ShapeError(f"a weight of shape {tuple(weight.shape)} does not fit an encrypted tensor of {source.features} features")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ShapeError(f"a bias of shape {tuple(bias.shape)} does not fit a weight of shape {tuple(weight.shape)}")
     if not isinstance(weight, EncryptedTensor) and not isinstance(bias, EncryptedTensor):
         return autograd.call(autograd.Linear, input, (weight, bias))
     if bias is not None and not isinstance(bias, EncryptedTensor):

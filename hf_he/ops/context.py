@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ class OperationContext:
         self.shards: Shards | None = None
         self.replicated = self.uniform = False
         self._levels: dict[int, Levels] = {}
-        self._plaintexts: dict[Hashable, tuple[Any, Plaintext]] = {}
-        self._derived: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._plaintexts: dict[Hashable, tuple[tuple[torch.Tensor, ...], list[bytes], Plaintext]] = {}
+        self._derived: dict[Hashable, tuple[torch.Tensor, bytes, torch.Tensor]] = {}
 
     @property
     def top(self) -> int:
@@ -97,23 +98,28 @@ class OperationContext:
         parameters = self.backend.parameters
         return parameters.scale_at(level - 1) * parameters.moduli[level] / scale
 
-    def encoded(self, owners: tuple[Any, ...], tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
-        """The plaintext `build()` at (level, scale), encoded once. `owners` are the tensors it is made of; a changed tensor is encoded again."""
-        key = (tuple((id(owner), getattr(owner, "_version", 0)) for owner in owners), tag, level, scale)
-        if key not in self._plaintexts:
-            self._plaintexts[key] = (owners, self.backend.encode(build(), level, scale))
-        return self._plaintexts[key][1]
+    def encoded(self, owners: tuple[torch.Tensor, ...], tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
+        """The plaintext `build()` at (level, scale), encoded once. `owners` are the tensors it is made of; where their contents have changed, by `.data`
+        too, as PEFT merges adapters, the new plaintext takes the place of the old one."""
+        key, contents = (tuple(map(id, owners)), tag, level, scale), [_digest(owner) for owner in owners]
+        kept = self._plaintexts.get(key)
+        if kept is None or kept[1] != contents:
+            kept = self._plaintexts[key] = (owners, contents, self.backend.encode(build(), level, scale))
+        return kept[2]
 
     def constant(self, tag: Hashable, level: int, scale: float, build: Callable[[], np.ndarray]) -> Plaintext:
         """A plaintext that depends on the packing only."""
         return self.encoded((), tag, level, scale, build)
 
     def derived(self, owner: torch.Tensor, tag: Hashable, build: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """build(owner), made once: what is encoded from it is then encoded once too. A changed `owner` gives a new tensor."""
-        key = (id(owner), getattr(owner, "_version", 0), tag)
-        if key not in self._derived:
-            self._derived[key] = (owner, build(owner))
-        return self._derived[key][1]
+        """build(owner), made once: what is encoded from it is then encoded once too. An `owner` whose contents have changed gives a new tensor."""
+        key, contents = (id(owner), tag), _digest(owner)
+        kept = self._derived.get(key)
+        if kept is None or kept[1] != contents:
+            if kept is not None:
+                self._plaintexts = {k: entry for k, entry in self._plaintexts.items() if id(kept[2]) not in k[0]}
+            kept = self._derived[key] = (owner, contents, build(owner))
+        return kept[2]
 
     def multiply_constant(self, ct: Ciphertext, tag: Hashable, build: Callable[[], np.ndarray], level: int | None = None) -> Ciphertext:
         """`ct` times a constant vector, rescaled to the canonical scale: one level. With `level`, at that lower level."""
@@ -129,3 +135,7 @@ class OperationContext:
         """a * b, relinearised and rescaled: one level."""
         backend = self.backend
         return backend.relinearize_rescale(backend.multiply(a, b))
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()

@@ -100,6 +100,10 @@ def test_mistakes_have_names(party):
         he.rescale(he.drop_level(ct, 0))
     with pytest.raises(LevelError, match="refresh"):
         he.match_level(low, 2)
+    for call in (he.drop_level, he.match_level, lambda ct, level: he.encode(np.ones(4), level)):
+        for level in (0.5, -1):
+            with pytest.raises(LevelError, match="integer"):
+                call(ct, level)
     with pytest.raises(LevelError, match="encode"):
         he.multiply_plain(low, he.encode(np.ones(4), 2))
     with pytest.raises(ScaleMismatchError, match="rescale"):
@@ -167,7 +171,7 @@ def test_slots_are_real(party):
             he.encrypt(z, key)
     with pytest.raises(ShapeError, match="slots are real"):
         he.encode(z, 2)
-    for scalar in (1j, np.complex128(1 + 1j)):
+    for scalar in (1j, np.complex64(1 + 1j), np.complex128(1 + 1j)):
         with pytest.raises(ParameterError, match="real"):
             he.add_scalar(ct, scalar)
         with pytest.raises(ParameterError, match="real"):

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, S
 from transformers.generation.streamers import BaseStreamer
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
-from hf_he.errors import GenerationError, ModelMismatchError, ParameterError, RangeError, ShapeError
+from hf_he.errors import GenerationError, MissingKeyError, ModelMismatchError, ParameterError, RangeError, ShapeError
 from hf_he.generation.adapter import EncryptedLora
+from hf_he.generation.messages import EncryptedPrompt
 from hf_he.generation.model import load_decoder
 from hf_he.generation.plan import plan_generation
 from hf_he.peft import HELoraConfig
@@ -107,6 +108,19 @@ class TestTokens:
         tokens = rig.check(["the old sea ship", "cold day"], eos_token_id=int(first[0]), new=3)
         assert tokens[0, -2:].tolist() == [int(first[0]), 0]
 
+    def test_padding_of_finished_sequences_is_not_sent(self, tmp_path):
+        """Its embedding may leave the fitted ranges: training never saw it."""
+        rig = Rig(tmp_path)
+        for model in (rig.model, rig.client.model):
+            model.get_input_embeddings().weight.data[1] *= 40
+        prompts = ["the a", "the old"]
+        first = rig.generate(prompts, encrypted=False, new=1)[:, -1]
+        options = {"eos_token_id": int(first[0]), "pad_token_id": 1, "new": 4}
+        tokens, alone = rig.generate(prompts, **options), rig.generate(prompts[1], encrypted=False, **options)
+        assert tokens[0, -3:].tolist() == [1, 1, 1] and tokens[1].tolist() == alone[0].tolist()
+        with pytest.raises(RangeError):
+            rig.client.begin([[1, 1]])
+
     def test_scores_and_logits_on_request(self, rig):
         plain, encrypted = (
             rig.generate(encrypted=encrypted, return_dict_in_generate=True, output_scores=True, output_logits=True) for encrypted in (False, True)
@@ -172,6 +186,18 @@ class TestRefusals:
         with pytest.raises(ShapeError, match="sequence lanes"):
             rig.client.begin([[1]] * (rig.client.packing.sequences + 1))
 
+    def test_prompts_longer_than_the_cache(self, tmp_path):
+        rig = Rig(tmp_path, max_tokens=4)
+        message = EncryptedPrompt(rig.client.identity, (5,) * rig.client.packing.sequences, 1, b"")
+        with pytest.raises(ShapeError, match="1 to 4 tokens"):
+            rig.client.begin([[2] * 5])
+        with pytest.raises(ModelMismatchError, match="up to 4"):
+            rig.client.server.open(message.to_bytes())
+
+    def test_heads_wider_than_the_hidden_states(self, tmp_path):
+        with pytest.raises(ShapeError, match="2 heads have 32 features, the states 16"):
+            Rig(tmp_path, architecture="llama", num_attention_heads=2, head_dim=16)
+
     def test_a_full_cache(self, rig):
         generation = rig.client.begin([[2] * 16])
         with pytest.raises(GenerationError, match="fill the cache"):
@@ -207,6 +233,17 @@ def test_cost_per_token_hardly_grows_with_the_context(rig):
     assert np.diff([count["rotate"] for count in counts]).tolist() == [1, 1]
     assert len({count["multiply"] for count in counts}) == len({len(plan.tokens[0].refreshes) for plan in plans}) == 1
     assert len(WORDS) == rig.model.config.vocab_size
+
+
+def test_an_encrypted_adapter_without_its_rotations_can_be_asked_for_again(tmp_path):
+    rig = Rig(tmp_path / "model")
+    get_peft_model(rig.model, LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False)).save_pretrained(tmp_path / "plain")
+    rig.client.encrypt_adapter(tmp_path / "plain", tmp_path / "encrypted")
+    client = GenerationClient(rig.directory, rig.client.backend, rig.keys, context=16, adapter=tmp_path / "encrypted")
+    client.server = GenerationServer(rig.directory, rig.keys.evaluation, context=16, adapter=tmp_path / "encrypted")
+    for _ in range(2):
+        with pytest.raises(MissingKeyError, match="rotation"):
+            client.begin([[2, 4]])
 
 
 def test_an_adapter_that_stays_encrypted(tmp_path):

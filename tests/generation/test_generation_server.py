@@ -7,7 +7,17 @@ import pytest
 from tiny_decoder import save_tiny_decoder
 
 from hf_he import GenerationClient, GenerationServer
-from hf_he.errors import CorruptFileError, GenerationError, ModelMismatchError, RangeError, RefreshError, SecretKeyOnServerError, ShapeError, WrongKeyError
+from hf_he.errors import (
+    CorruptFileError,
+    GenerationError,
+    ModelMismatchError,
+    RangeError,
+    RefreshError,
+    SecretKeyOnServerError,
+    ShapeError,
+    UnsupportedEncryptedOperation,
+    WrongKeyError,
+)
 from hf_he.generation.messages import CacheRequest, EncryptedPrompt, EncryptedToken, StoredCache
 from hf_he.generation.server import MAX_GENERATIONS
 from hf_he.local_server import local_server
@@ -182,6 +192,20 @@ class TestMessages:
         monkeypatch.undo()
         with pytest.raises(GenerationError, match="begin another one"):
             generation.step(TOKENS[0])
+
+    def test_a_mask_beside_a_cache_is_refused(self, client, server):
+        """The lengths of the cache say which tokens count; a mask would not be looked at."""
+        generation = client.begin(PROMPTS, server)
+        cache, session = server._generations[generation.name].cache, server.session
+        ones = client.backend.encrypt(np.ones((1, client.packing.slots)), client.keys.secret)
+
+        def step():
+            with session.single_token():
+                state = session.hidden_state(ones)
+                return server.model(inputs_embeds=state, position_ids=cache.positions(), past_key_values=cache, attention_mask=session.attention_mask(ones))
+
+        with pytest.raises(UnsupportedEncryptedOperation, match="mask over a cache"):
+            server._locked(client.refresher(), step)
 
     def test_out_of_step_full_or_unknown(self, client, server):
         generation = client.begin(PROMPTS, server)

@@ -11,7 +11,7 @@ from tiny_decoder import save_tiny_decoder
 from transformers import AutoTokenizer
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
-from hf_he.errors import CheckpointError, CorruptFileError, DataError, ModelMismatchError, RangeError, RefreshError, TrainingError
+from hf_he.errors import CheckpointError, CorruptFileError, DataError, ModelMismatchError, ParameterError, RangeError, RefreshError, TrainingError
 from hf_he.finetuning.client_folder import RUN_FILE
 from hf_he.finetuning.language import LOSSES_FILE, EncryptedTextTrainer, text_windows
 from hf_he.finetuning.language_protocol import LanguageStep
@@ -175,6 +175,9 @@ def test_what_does_not_fit_is_refused(trainer, decoder, tmp_path):
     found = trainer()
     with pytest.raises(TrainingError, match="context of 8"):
         EncryptedTextTrainer(decoder, TEXT, tmp_path / "run", **(OPTIONS | {"context": 16}))
+    for size in (0, 2.5):
+        with pytest.raises(ParameterError, match="batch_size"):
+            EncryptedTextTrainer(decoder, TEXT, tmp_path / "other", **(OPTIONS | {"batch_size": size}))
     training, server = found.training, found._server
     windows, lengths = found._batch(1)
     with pytest.raises(TrainingError, match="no run has begun"):

@@ -63,6 +63,19 @@ def test_weights_are_encoded_once_until_they_change(lab):
     torch.testing.assert_close(lab.decrypt(second, 16), 2 * lab.decrypt(first, 16), atol=3e-8, rtol=0)
 
 
+def test_weights_changed_behind_autograd_are_encoded_again(lab):
+    """`.data`, by which PEFT merges adapters, leaves a tensor's version as it is. What a change replaces is not kept."""
+    x, weight, bias, kept = lab.states(), lab.random(16, 16).requires_grad_(), lab.random(16), set()
+    for _ in range(3):
+        lab.check(F.linear(lab.encrypt(x), weight, bias).ciphertext, F.linear(x, weight.detach(), bias))
+        transposed = lab.session.derived(weight, "transposed", lambda w: w.detach().T)
+        lab.check(F.linear(lab.encrypt(x), transposed).ciphertext, F.linear(x, weight.detach().T))
+        kept.add(len(lab.session._plaintexts))
+        weight.data.mul_(-0.5)
+        bias.add_(1)
+    assert kept == {3}
+
+
 def test_maps_of_one_input_share_its_rotations(lab):
     x = lab.encrypt(lab.states())
     _ = F.linear(x, lab.random(16, 16)).ciphertext
