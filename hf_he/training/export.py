@@ -1,4 +1,4 @@
-"""Turn a finished recipe run into a publishable folder: fp16 weights, model card, report and training curve."""
+"""Turn a finished recipe run into a publishable folder: fp16 weights that load as float32, model card, report and training curve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_he.data import TextDataset, load_dataset
@@ -34,10 +33,10 @@ def export(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = pipeline.result()
     _name_labels(model, recipe.task)
-    model.half().save_pretrained(folder)
+    model.save_pretrained(folder, state_dict={name: weight.half() for name, weight in model.state_dict().items()})
     tokenizer.save_pretrained(folder)
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     model.set_mode("polynomial")
     splits = _splits(pipeline)
     scores = {name: _score(model, tokenizer, rows, recipe.max_length) for name, rows in splits.items()}

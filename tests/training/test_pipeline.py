@@ -6,8 +6,10 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tiny_model import WORDS
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+from transformers import pipeline as hf_pipeline
 from typer.testing import CliRunner
 
 import hf_he
@@ -81,16 +83,17 @@ def test_the_student_learns_in_polynomial_mode_and_stays_in_range(trained):
     assert set(report["comparison"]["dev"]) == {"softmax student", "teacher", "majority", "tfidf_logistic_regression"}
 
 
-def test_the_published_folder_is_half_precision_and_loads_in_polynomial_mode(trained):
+def test_the_published_folder_is_half_precision_and_loads_as_float32_in_polynomial_mode(trained):
     out, report = trained
+    assert {weight.dtype for weight in load_file(out / "published" / "model.safetensors").values()} == {torch.float16}
     model, info = AutoModelForSequenceClassification.from_pretrained(out / "published", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert (model.dtype, model.config.mode, type(model)) == (torch.float16, "polynomial", hf_he.HEBertForSequenceClassification)
+    assert (model.dtype, model.config.mode, type(model)) == (torch.float32, "polynomial", hf_he.HEBertForSequenceClassification)
     assert model.config.approximations == report["approximations"]
     assert model.config.id2label == {0: "negative", 1: "positive"}
     names = {path.name for path in (out / "published").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_hf_he.py", "README.md", "report.json", "training.png"} <= names
-    assert AutoTokenizer.from_pretrained(out / "published")("a great film")["input_ids"]
+    assert hf_pipeline("text-classification", model=str(out / "published"))("the great film")[0]["label"] == "positive"
 
 
 def test_the_card_has_valid_metadata_and_the_measured_score(trained):
