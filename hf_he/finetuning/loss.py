@@ -154,7 +154,9 @@ class MeanSquaredError:
         return gradient if weights is None else np.asarray(weights)[:, None] * gradient
 
     def gradient(self, context: OperationContext, logits: Operand, labels: Labels) -> Operand:
-        """The gradient in the pooled `logits` [1], zero outside of real sequences' outputs."""
+        """The gradient in the pooled `logits` [1], zero outside of real sequences' outputs. Raises ShapeError for more outputs."""
+        if logits.features != self.num_labels:
+            raise ShapeError(f"the squared error is of {self.num_labels} output, the model has {logits.features} logits: use num_labels=1, or cross-entropy")
         with context.backend.log.measure("loss"):
             return Operand(context, self.num_labels, _weighted_difference(context, logits.ensure(1), labels, 2.0), pooled=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ class GenerationClient:
             raise ParameterError(f"these keys are for the {keys.backend.name} backend or for other parameters: build the client with keys=... instead")
         self.keys = keys
         if self._encrypted_adapter is not None and self.check:
+            base = replace(self.identity, model=decoder_fingerprint(self.directory))
+            self._encrypted_adapter.identity.check(base, "encrypted adapter")
             self.model = self._encrypted_adapter.decrypt(self.model, self.packing, self.backend, keys)
             self._encrypted_adapter = None
 

@@ -116,6 +116,8 @@ def test_too_wide_a_softmax_of_many_classes_names_the_way_out():
 
 
 def test_wrong_settings_and_models(lab):
+    with pytest.raises(ShapeError, match="of 1 output"):
+        encrypted_gradient(lab, MeanSquaredError(), np.zeros((4, 2)), np.zeros((4, 2)), np.ones(4))
     with pytest.raises(ParameterError, match="MeanSquaredError"):
         CrossEntropy(num_labels=1)
     with pytest.raises(ParameterError, match="bound"):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, S
 from transformers.generation.streamers import BaseStreamer
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
-from hf_he.errors import GenerationError, MissingKeyError, ModelMismatchError, ParameterError, RangeError, ShapeError
+from hf_he.errors import GenerationError, MissingKeyError, ModelMismatchError, ParameterError, RangeError, ShapeError, WrongKeyError
 from hf_he.generation.adapter import EncryptedLora
 from hf_he.generation.messages import EncryptedPrompt
 from hf_he.generation.model import load_decoder
@@ -244,6 +244,11 @@ def test_an_encrypted_adapter_without_its_rotations_can_be_asked_for_again(tmp_p
     for _ in range(2):
         with pytest.raises(MissingKeyError, match="rotation"):
             client.begin([[2, 4]])
+    other = Rig(tmp_path / "other", seed=1)
+    with pytest.raises(WrongKeyError, match="encrypted adapter"):
+        GenerationClient(rig.directory, rig.client.backend, other.keys, context=16, adapter=tmp_path / "encrypted")
+    with pytest.raises(ModelMismatchError, match="encrypted adapter"):
+        GenerationClient(other.directory, rig.client.backend, rig.keys, context=16, adapter=tmp_path / "encrypted")
 
 
 def test_an_adapter_that_stays_encrypted(tmp_path):
