@@ -7,6 +7,7 @@ from transformers.masking_utils import AttentionMaskInterface, create_causal_mas
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, slice_logits_to_keep
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import maybe_autocast
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -16,6 +17,7 @@ __all__ = [
     "LlamaRotaryEmbedding",
     "create_causal_mask",
     "inherit_checkpoint_renames",
+    "maybe_autocast",
     "sdpa_mask",
     "set_default_lora_targets",
     "slice_logits_to_keep",

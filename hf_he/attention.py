@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers import Cache, PreTrainedModel
 
-from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, create_causal_mask, sdpa_mask
+from hf_he._compat import ALL_ATTENTION_FUNCTIONS, AttentionInterface, AttentionMaskInterface, create_causal_mask, maybe_autocast, sdpa_mask
 from hf_he.approximation import KernelExponential
 from hf_he.errors import ApproximationError, UnsupportedModelError
 from hf_he.nn import observe
@@ -79,6 +79,7 @@ def gaussian_kernel_attention(
         ApproximationError: polynomial mode in 16 bits, or with the approximation of another kernel.
         UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks / position biases.
     """
+    query, key = _wide_enough(module, query, key)
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
     return _weighted_sum(module, _gaussian_weights(module, query, key, mask, scaling), value, dropout)
 
@@ -99,6 +100,7 @@ def normalized_gaussian_kernel_attention(
     eps is `power_softmax_eps` of `module.config`, added to the sum, or with `power_softmax_length_agnostic` to the mean over the row's valid keys. The
     reciprocal is of eps + mean in both cases: the real one, or the approximation of `module.normalizer` (a `Reciprocal`).
     """
+    query, key = _wide_enough(module, query, key)
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
     weights = _gaussian_weights(module, query, key, mask, scaling)
     length: torch.Tensor | float = float(key.shape[-2]) if mask is None else mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -113,10 +115,18 @@ def normalized_gaussian_kernel_attention(
     return _weighted_sum(module, weights * (inverse / length), value, dropout)
 
 
+def _wide_enough(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32 where they have 16 bits, in which ||q||^2 + ||k||^2 - 2 q.k cancels or overflows. Polynomial mode refuses 16 bits."""
+    if getattr(module, "kernel_approximation", None) is None and query.dtype in (torch.float16, torch.bfloat16):
+        return query.float(), key.float()
+    return query, key
+
+
 def _gaussian_weights(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
     """exp(-scaling / 2 ||q - k||^2), or its approximation, times the mask: [B, heads, T, S]."""
     squared_distance = query.square().sum(-1).unsqueeze(-1) + key.square().sum(-1).unsqueeze(-2)
-    squared_distance = squared_distance - 2.0 * (query @ key.transpose(-1, -2))
+    with maybe_autocast(query.device.type, enabled=False):
+        squared_distance = squared_distance - 2.0 * (query @ key.transpose(-1, -2))
     exponent = (-0.5 * scaling * squared_distance).clamp(max=0.0)
     approximation = getattr(module, "kernel_approximation", None)
     if approximation is not None and not isinstance(approximation, KernelExponential):
@@ -352,5 +362,5 @@ def _prepare(
 
 
 def _weighted_sum(module: nn.Module, weights: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = F.dropout(weights, p=dropout, training=module.training)
+    weights = F.dropout(weights.to(value.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

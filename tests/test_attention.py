@@ -102,6 +102,20 @@ class TestGaussianKernel:
         repeated = gaussian_kernel_attention(module, query, key[:, [0, 0, 1, 1]], value[:, [0, 0, 1, 1]], None)[0]
         assert torch.equal(grouped, repeated)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("attention", [gaussian_kernel_attention, normalized_gaussian_kernel_attention])
+    def test_long_vectors_of_16_bits_do_not_cancel(self, module, attention, dtype):
+        generator = torch.Generator().manual_seed(0)
+        query = 6 * torch.randn(1, 2, 10, 128, generator=generator)
+        key = query + 0.2 * torch.randn(query.shape, generator=generator)
+        query, key, mask = query.to(dtype), key.to(dtype), torch.ones(1, 1, 10, 10, dtype=torch.bool)
+        expected = attention(module, query.float(), key.float(), key.float(), mask)[1]
+        for amp in (False, True):
+            with torch.autocast("cpu", dtype, enabled=amp):
+                output, weights = attention(module, query, key, key, mask)
+            assert output.dtype == weights.dtype == dtype and expected.max() > 0.5
+            torch.testing.assert_close(weights.float(), expected, atol=2**-8, rtol=0)
+
     def test_polynomial_mode_has_the_certified_error(self, module, qkv):
         exact = gaussian_kernel_attention(module, *qkv, None)[1]
         module.kernel_approximation = kernel_exponential((-40.0, 0.0), 8)
