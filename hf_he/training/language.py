@@ -20,7 +20,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
-from hf_he.corpora import load_documents
+from hf_he.corpora import Document, load_documents
 from hf_he.data import SPLITS
 from hf_he.models import HEGPTNeoXConfig, HEGPTNeoXForCausalLM
 from hf_he.nn import collect_ranges
@@ -30,7 +30,7 @@ from hf_he.training.language_data import BlockDataset, batches, stress_blocks, t
 from hf_he.training.language_recipe import BASELINE, TRAINING_FIELDS, LanguageRecipe, LanguageStage
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.ranged_trainer import RangedTrainer
-from hf_he.training.stages import run_stage, stage_digest, stage_report
+from hf_he.training.stages import digest, refuse_other_run, run_stage, stage_digest, stage_report
 
 _RECIPROCAL = {"reciprocal_degree", "goldschmidt_steps"}
 _KERNEL_SETTINGS = {
@@ -81,7 +81,8 @@ class LanguagePipeline:
         self.root = Path(recipe.output_dir)
 
     def run(self) -> None:
-        """Run what is not done yet."""
+        """Run what is not done yet. Raises DataError where a trial would replace a full run."""
+        refuse_other_run(self.root, max_steps=self.max_steps)
         self.text()
         for seed in self.recipe.seeds:
             for name in self.recipe.variants:
@@ -106,6 +107,11 @@ class LanguagePipeline:
         return AutoTokenizer.from_pretrained(self.root / "text")
 
     @cached_property
+    def documents(self) -> dict[str, tuple[Document, ...]]:
+        """The texts of each split."""
+        return {split: load_documents(split, tuple(self.recipe.corpora), self.recipe.data_dir) for split in SPLITS}
+
+    @cached_property
     def blocks(self) -> dict[str, torch.Tensor]:
         """Token ids [rows, block] of each split."""
         return load_file(self.root / "text" / "blocks.safetensors")
@@ -120,15 +126,14 @@ class LanguagePipeline:
         def work(folder: Path) -> dict[str, Any]:
             if not self.state.is_main_process:
                 return {}
-            documents = {split: load_documents(split, tuple(self.recipe.corpora), self.recipe.data_dir) for split in SPLITS}
-            tokenizer = train_tokenizer(documents["train"], self.recipe.vocabulary, self.recipe.block)
+            tokenizer = train_tokenizer(self.documents["train"], self.recipe.vocabulary, self.recipe.block)
             tokenizer.save_pretrained(folder)
-            blocks = {split: token_blocks(tokenizer, texts, self.recipe.block) for split, texts in documents.items()}
+            blocks = {split: token_blocks(tokenizer, texts, self.recipe.block) for split, texts in self.documents.items()}
             save_file(blocks, folder / "blocks.safetensors")
-            characters = {split: sum(len(document.text) for document in texts) for split, texts in documents.items()}
+            characters = {split: sum(len(document.text) for document in texts) for split, texts in self.documents.items()}
             return {"characters": characters, "tokens": {split: rows.numel() for split, rows in blocks.items()}}
 
-        settings = {"corpora": self.recipe.corpora, "data_dir": self.recipe.data_dir, "vocabulary": self.recipe.vocabulary, "block": self.recipe.block}
+        settings = {"corpora": self.recipe.corpora, "data_dir": self._own_texts(), "vocabulary": self.recipe.vocabulary, "block": self.recipe.block}
         self._stage(self.root / "text", settings, work)
 
     def pretrain(self, seed: int, name: str) -> None:
@@ -212,6 +217,12 @@ class LanguagePipeline:
 
         settings = {"previous": stage_digest(self.folder(seed, run)), "max_steps": self.max_steps}
         self._stage(self.folder(seed, run, "scores"), settings, work)
+
+    def _own_texts(self) -> str | None:
+        """A digest of what `data_dir` holds, so that other texts there are other settings; None for the pinned corpora."""
+        if self.recipe.data_dir is None:
+            return None
+        return digest({split: [asdict(document) for document in texts] for split, texts in self.documents.items()})
 
     def _dev_blocks(self) -> torch.Tensor:
         return self.blocks["dev"][: DEV_BLOCKS if self.max_steps is None else BATCH]

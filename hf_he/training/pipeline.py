@@ -8,7 +8,9 @@ stages ran with. A second run skips finished stages whose settings have not chan
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from hf_he.training.distillation import (
 )
 from hf_he.training.range_penalty import RangePenalty, track_ranges
 from hf_he.training.recipe import Recipe, Stage
-from hf_he.training.stages import run_stage, stage_digest, stage_report
+from hf_he.training.stages import refuse_other_run, run_stage, stage_digest, stage_report
 
 STAGES = ("teacher", "soft_labels", "softmax", "kernel", "polynomial", "refine")
 
@@ -63,7 +65,9 @@ class Pipeline:
         self.num_outputs = 1 if self.train.is_regression else max(2, len(set(self.train.labels)))
 
     def run(self) -> dict[str, Any]:
-        """Run what is not done yet; returns {stage: its stage.json}."""
+        """Run what is not done yet; returns {stage: its stage.json}. Raises DataError where that would replace the full run of another task or seed,
+        or a full run by a trial."""
+        refuse_other_run(self.root, task=self.recipe.task, seed=self.recipe.seed, max_steps=self.max_steps)
         for stage in self.stages:
             getattr(self, stage)()
         return {stage: stage_report(self.root / stage) for stage in self.stages}
@@ -194,7 +198,8 @@ class Pipeline:
             penalty=penalty,
             hidden_teacher=hidden_teacher,
         )
-        trainer.train()
+        with redirect_stdout(sys.stderr):
+            trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
         if trainer.is_world_process_zero():
             model.save_pretrained(folder)

@@ -17,7 +17,7 @@ from hf_he.errors import DataError
 from hf_he.nn import RangeTracker
 from hf_he.scripts.evaluate import evaluate
 from hf_he.scripts.train import train
-from hf_he.training.language import new_model
+from hf_he.training.language import LanguagePipeline, new_model
 from hf_he.training.language_data import NO_LABEL, BlockDataset, stress_blocks, token_blocks, train_tokenizer
 from hf_he.training.language_recipe import LanguageRecipe
 from hf_he.training.recipe import load_recipe
@@ -33,7 +33,7 @@ def run(command, *arguments):
     app.command()(command)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0
-    return json.loads(result.stdout[result.stdout.index("{\n") :])
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,29 @@ def test_a_second_run_repeats_only_stages_whose_settings_changed(trained, recipe
     again = {str(path.parent.relative_to(out)) for path, written in markers.items() if path.stat().st_mtime_ns != written}
     runs = ("gaussian_kernel", "normalized_gaussian_kernel", "power_softmax", "power_softmax-converted")
     assert again == {f"seed0/{run}/{stage}" for run in runs for stage in ("final", "scores")}
+
+
+def test_other_texts_in_the_same_folder_and_a_damaged_marker_repeat_a_stage(tmp_path):
+    def texts(word):
+        folder = tmp_path / "texts"
+        folder.mkdir(exist_ok=True)
+        for number in range(20):
+            (folder / f"{number:02d}.txt").write_text(" ".join(f"{word} {number * i}" for i in range(99)))
+        started = []
+        pipeline = LanguagePipeline(LanguageRecipe(data_dir=str(folder), output_dir=str(tmp_path / "out"), vocabulary=262, block=8), announce=started.append)
+        pipeline.text()
+        return started, pipeline.tokenizer.decode(pipeline.blocks["train"][0]).split()[0]
+
+    assert [texts(word) for word in ("whale", "whale", "spice")] == [(["text"], "whale"), ([], "whale"), (["text"], "spice")]
+    marker = tmp_path / "out" / "text" / "stage.json"
+    marker.write_text(marker.read_text()[:40])
+    assert [texts("spice") for _ in range(2)] == [(["text"], "spice"), ([], "spice")]
+
+
+def test_a_full_run_is_not_replaced_by_a_trial(trained, recipe):
+    with pytest.raises(DataError, match="full run with max_steps None instead of 2: give another --output-dir"):
+        run(train, "--config", recipe, "--max-steps", 2, "--seed", 3)
+    assert not (recipe.parent / "out" / "seed3").exists()
 
 
 def test_max_steps_makes_a_trial_run(recipe, tmp_path):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import hf_he
 from hf_he import data
-from hf_he.errors import UnsupportedModelError
+from hf_he.errors import DataError, UnsupportedModelError
 from hf_he.scripts.train import train
 from hf_he.training import pipeline
 from hf_he.training.conversion import convert_checkpoint
@@ -73,7 +73,7 @@ def run(*arguments):
 def trained(recipe):
     result = run("--config", recipe, "--json")
     assert result.exit_code == 0
-    return recipe.parent / "out", json.loads(result.stdout[result.stdout.index("{\n") :])
+    return recipe.parent / "out", json.loads(result.stdout)
 
 
 def test_the_student_learns_in_polynomial_mode_and_stays_in_range(trained):
@@ -139,6 +139,14 @@ def test_other_data_of_the_same_size_is_another_setting(recipe, tmp_path, monkey
     others = [settings(unlabelled="imdb", unlabelled_rows=4), settings(unlabelled="imdb", unlabelled_rows=3)]
     others += [settings(data_dir=str(tmp_path / name)) for name in ("train", "dev")]
     assert all(a != b for a in (first, with_texts, *others) for b in (first, with_texts, *others) if a is not b)
+
+
+@pytest.mark.parametrize("other", [("--max-steps", 2), ("--seed", 7)])
+def test_a_full_run_is_not_replaced_by_another(trained, recipe, other):
+    out, _ = trained
+    with pytest.raises(DataError, match=r"kernel is finished, of a full run .* give another --output-dir"):
+        run("--config", recipe, *other)
+    assert json.loads((out / "refine" / "stage.json").read_text())["recipe"]["max_steps"] is None
 
 
 def test_max_steps_makes_a_trial_run(recipe, tmp_path):
