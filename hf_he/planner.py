@@ -24,6 +24,7 @@ from hf_he.ckks.bootstrapping.plan import BootstrapPlan
 from hf_he.ckks.parameters import CKKSParameters
 from hf_he.ckks.vector import packed_width
 from hf_he.decoder_levels import DecoderSearch
+from hf_he.errors import ShapeError
 from hf_he.level_search import CountingSession, Stage, cheapest, encoder_stages, run
 from hf_he.ops import DECODERS
 from hf_he.ops.placement import Levels
@@ -76,11 +77,20 @@ class PackingChoice:
 
 def packing_widths(config: Any) -> tuple[int, ...]:
     """Features per ciphertext that a model can be packed with, the usual one first: the hidden size (of an encoder whose is no power of two, its largest
-    divisor that is), and one, for batches of hundreds."""
+    divisor that is, where blocks of so many hold whole heads), and one, for batches of hundreds.
+
+    Raises ShapeError where neither is possible.
+    """
     if config.model_type in DECODERS:
         return (config.hidden_size,)
-    widest = config.hidden_size & -config.hidden_size
-    return (widest, 1) if config.attention_kernel == "gaussian_kernel" and widest > 1 else (widest,)
+    widest, heads = config.hidden_size & -config.hidden_size, config.num_attention_heads
+    widths = (widest,) if heads % (config.hidden_size // widest) == 0 else ()
+    widths += (1,) if config.attention_kernel == "gaussian_kernel" and widths != (1,) else ()
+    if not widths:
+        raise ShapeError(
+            f"{heads} heads cannot be shared out among ciphertexts of {widest} of {config.hidden_size} features: choose heads of a power of two of features"
+        )
+    return widths
 
 
 def make_plans(model: nn.Module, parameters: CKKSParameters, tokens: int) -> dict[Packing, Plan]:

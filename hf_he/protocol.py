@@ -164,9 +164,10 @@ def max_batches(config: Any, packing: Packing) -> int:
 
 
 def widest_batch(config: Any, packing: Packing) -> int:
-    """Ciphertexts in the widest message that asks for a refresh of a state of the model."""
-    scores = packing.tokens if packing.features == 1 else ScoreLayout(packing, config.num_attention_heads).ciphertexts
-    return min(LARGEST_REFRESH, max(*map(packing.blocks, (config.hidden_size, config.intermediate_size)), scores))
+    """Ciphertexts in the widest message that asks for a refresh of a state of the model, or of the scores of one feature block."""
+    hidden, wide = map(packing.blocks, (config.hidden_size, config.intermediate_size))
+    scores = packing.tokens if packing.features == 1 else ScoreLayout(packing, config.num_attention_heads // hidden).ciphertexts
+    return min(LARGEST_REFRESH, max(hidden, wide, scores))
 
 
 def _is(kind: str, value: Any) -> bool:

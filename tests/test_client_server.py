@@ -36,6 +36,13 @@ class TestInference:
         assert result.labels == [client.label_names[s.plaintext_prediction] for s in result.sentences]
         assert result.accuracy == np.mean([s.plaintext_prediction == s.label for s in result.sentences])
 
+    @pytest.mark.parametrize(("heads", "features"), [(6, 32), (4, 1)])
+    def test_a_hidden_size_that_is_no_power_of_two(self, tmp_path, heads, features):
+        """Blocks of whole heads; heads that are no power of two wide have one feature per ciphertext."""
+        client = keyed_client(save_tiny_model(tmp_path, hidden_size=96, num_attention_heads=heads))
+        result = client.infer(Server(tmp_path, client.keys.evaluation), SENTENCES)
+        assert client.packing.features == features and result.agreement == 1.0 and result.max_logit_error < 3e-6
+
     def test_sentences_fill_several_ciphertexts(self, client, server):
         lanes = client.packing.sequences
         texts = [SENTENCES[i % len(SENTENCES)] for i in range(lanes + 3)]

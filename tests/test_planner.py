@@ -5,17 +5,19 @@ import pytest
 from test_tensor import TOKENS, VARIANTS, calibrated, inputs, run, small_model
 
 from hf_he.ckks.parameters import parameter_set
+from hf_he.errors import ShapeError
 from hf_he.models.he_bert import HEBertConfig, HEBertForSequenceClassification
 from hf_he.packing import Packing
-from hf_he.planner import WORTH, choose_packing, make_plan, make_plans
+from hf_he.planner import WORTH, choose_packing, make_plan, make_plans, packing_widths
+from hf_he.protocol import widest_batch
 
 
-def default_shape() -> HEBertForSequenceClassification:
+def default_shape(**changes) -> HEBertForSequenceClassification:
     """Two layers x 128 with the approximations of the checkpoint that ships: degree 7, five squarings."""
-    model = HEBertForSequenceClassification(HEBertConfig(vocab_size=100)).eval()
+    model = HEBertForSequenceClassification(HEBertConfig(vocab_size=100, **changes)).eval()
     norm, activation = {"interval": [0.5, 20.0], "degree": 7, "newton_steps": 0}, {"interval": [-6.0, 6.0], "degree": 7}
     approximations = {"bert.pooler.activation": activation}
-    for i in range(2):
+    for i in range(model.config.num_hidden_layers):
         layer = f"bert.encoder.layer.{i}"
         approximations |= {
             f"{layer}.attention.self": {"interval": [-19.0, 0.0], "squarings": 5},
@@ -74,3 +76,21 @@ def test_a_batch_that_fills_the_slots_is_packed_one_feature_per_ciphertext():
     assert WORTH * many.seconds[1] <= choose_packing(plans, even).seconds[128] < WORTH * many.seconds[1] + sum(few.plan.seconds.values())
     assert many.seconds[128] / 5 > many.seconds[1] == sum(many.plan.seconds.values())
     assert "256 sequences" in many.reason and set(many.seconds) == {1, 128}
+
+
+@pytest.mark.parametrize(("hidden", "heads", "widths"), [(128, 2, (128, 1)), (768, 12, (256, 1)), (384, 12, (128, 1)), (96, 4, (1,)), (33, 3, (1,))])
+def test_ciphertexts_hold_whole_heads_of_a_power_of_two_of_features(hidden, heads, widths):
+    assert packing_widths(HEBertConfig(hidden_size=hidden, num_attention_heads=heads)) == widths
+    power = HEBertConfig(hidden_size=hidden, num_attention_heads=heads, attention_kernel="power_softmax")
+    if widths == (1,):
+        with pytest.raises(ShapeError, match="heads of a power of two of features"):
+            packing_widths(power)
+    else:
+        assert packing_widths(power) == widths[:1]
+
+
+@pytest.mark.parametrize(("hidden", "heads", "widest"), [(768, 12, 12), (384, 12, 12)])
+def test_refreshes_of_encoders_of_several_ciphertexts_are_as_wide_as_both_sides_expect(hidden, heads, widest):
+    model, parameters = default_shape(hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_hidden_layers=1), parameter_set("n14")
+    packing = Packing.fit(parameters.slots, packing_widths(model.config)[0], 32)
+    assert max(count for _, count in make_plan(model, parameters, packing).refreshes) <= widest_batch(model.config, packing) == widest

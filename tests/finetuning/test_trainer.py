@@ -1,13 +1,15 @@
 """EncryptedTrainer on the simulator: equal to its plaintext twin, transformers' conventions, resuming, and what is refused."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_model import SENTENCES
+from tiny_model import SENTENCES, save_tiny_model
+from tiny_run import DATA, OPTIONS
 from transformers import TrainerCallback
 
 from hf_he.checkpoints import load_classifier
@@ -15,10 +17,13 @@ from hf_he.client import Client
 from hf_he.data import TextDataset
 from hf_he.errors import CheckpointError, DataError, ModelMismatchError, ParameterError, RangeError, RefreshError, TrainingError
 from hf_he.evaluation import encode_texts
+from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.checkpoint import CURRENT
 from hf_he.finetuning.client import Answers
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.report import relative_error, report_of, twin_run
+from hf_he.finetuning.server import FinetuneServer
+from hf_he.finetuning.trainer import EncryptedTrainer
 
 JSON_KEYS = {
     "backend", "steps", "losses", "losses_polynomial", "adapter_relative_error", "seconds_per_step", "by_op", "operations", "bootstraps_per_step",
@@ -74,6 +79,16 @@ def test_a_run_is_its_plaintext_twin_and_gives_back_a_plain_adapter(run_in_proce
         expected = trainer.model(**tokens).logits
         torch.testing.assert_close(plain(**tokens).logits, expected)
         assert (load_classifier(tiny).double()(**tokens).logits - expected).abs().max() > 1e-3
+
+
+def test_a_step_of_a_model_of_several_feature_blocks(tmp_path):
+    model = save_tiny_model(tmp_path / "model", hidden_size=96, num_attention_heads=6, initializer_range=0.15)
+    args = EncryptedTrainingArguments(str(tmp_path / "run"), **OPTIONS | {"max_steps": 1})
+    EncryptedTrainer(model, args, DATA).prepare()
+    with closing(FinetuneServer(model, tmp_path / "run" / "client" / "keys" / "evaluation.keys", tmp_path / "run" / "server")) as server:
+        trainer = EncryptedTrainer(model, args, DATA, servers=[server])
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.training.packing.features == 32 and error_of(trainer) < 1e-4
 
 
 def test_bootstrapping_needs_no_client(new_trainer, in_process):
