@@ -115,9 +115,15 @@ def load_polynomial(auto_class: Any, directory: str | Path, suffix: str, what: s
     return model
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises DataError when it holds none that can be read."""
+def load_tokenizer(source: str | Path, *, local_files_only: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or, not `local_files_only`, of the Hub. Raises DataError when there is none that can be read.
+
+    transformers makes one of special tokens alone, for which every word is unknown, where the files are missing.
+    """
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None
+        raise DataError(f"{source} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise DataError(f"{source} holds no tokenizer files: save them beside the model with tokenizer.save_pretrained")
+    return tokenizer

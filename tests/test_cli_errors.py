@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import typer
 from safetensors import SafetensorError
+from tiny_model import save_tiny_model
+from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from hf_he import __version__, cli, errors
+from hf_he import Client, HEGPTNeoXConfig, HEGPTNeoXForCausalLM, __version__, cli, errors
 from hf_he.scripts import demo
 from hf_he.scripts.display import data_size
 
@@ -103,6 +105,25 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 def test_a_source_that_is_no_model_is_refused_by_name(tmp_path):
     result = invoke("convert", tmp_path / "none", "--out", tmp_path / "out")
     assert isinstance(result.exception, errors.DataError) and "neither a folder with a saved BERT" in str(result.exception)
+
+
+def test_a_model_without_tokenizer_files_is_refused_instead_of_reading_unknown_words(tmp_path):
+    """transformers makes tokenizers of BERT and GPT-NeoX from nothing, of special tokens alone."""
+    model, decoder, stock = save_tiny_model(tmp_path / "model"), tmp_path / "decoder", tmp_path / "stock"
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    HEGPTNeoXForCausalLM(HEGPTNeoXConfig(**size)).save_pretrained(decoder)
+    BertForSequenceClassification(BertConfig(**size)).save_pretrained(stock)
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    failed = [
+        invoke("evaluate", "--model", model, "--no-baselines"),
+        invoke("evaluate", "--task", "lm", "--mode", "exact", "--model", decoder),
+        invoke("convert", stock, "--out", tmp_path / "out"),
+    ]
+    for result in failed:
+        assert isinstance(result.exception, errors.DataError) and "holds no tokenizer files" in str(result.exception), result.output
+    with pytest.raises(errors.DataError, match="holds no tokenizer files"):
+        Client.from_pretrained(model, backend="simulator")
 
 
 def test_an_empty_prompt_is_refused_before_anything_else():

@@ -20,8 +20,7 @@ def convert(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens per calibration sentence.")] = 32,
 ) -> None:
     """Convert a stock BERT checkpoint into an HEBert. Without training its accuracy is not that of the source."""
-    from transformers import AutoTokenizer
-
+    from hf_he.checkpoints import load_tokenizer
     from hf_he.data import CHECKPOINTS, TextDataset, fetch_checkpoint
     from hf_he.evaluation import encode_texts
     from hf_he.scripts.display import console
@@ -31,7 +30,7 @@ def convert(
 
     folder = fetch_checkpoint(source) if source in CHECKPOINTS else Path(source)
     model = convert_checkpoint(folder, attention_kernel, num_labels)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, local_files_only=False)
     if calibrate is not None:
         encoded = encode_texts(tokenizer, TextDataset("mr", "train", tuple(read_sentences(calibrate)), None, ()), max_length)
         batches = ({name: tensor[i : i + 256] for name, tensor in encoded.items()} for i in range(0, len(encoded["input_ids"]), 256))

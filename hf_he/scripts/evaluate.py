@@ -28,9 +28,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) beside polynomial mode when encrypted."""
-    from transformers import AutoTokenizer
-
-    from hf_he.checkpoints import default_model, find_model
+    from hf_he.checkpoints import default_model, find_model, load_tokenizer
     from hf_he.data import load_dataset
     from hf_he.errors import HEError
     from hf_he.evaluation import MAX_LENGTH, evaluate_model
@@ -45,7 +43,7 @@ def evaluate(
     directory = model or default_model()
     rows = load_dataset(task, split, data_dir).spread(limit)
     classifier = _load_classifier(directory, "exact" if mode == "exact" else "polynomial")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
     result = evaluate_model(classifier, tokenizer, rows, max_length=max_length or MAX_LENGTH, batch_size=batch_size, progress=True)
     data = result.to_dict()
     if mode == "encrypted":

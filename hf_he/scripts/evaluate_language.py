@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_he.checkpoints import check_architecture
+from hf_he.checkpoints import check_architecture, load_tokenizer
 from hf_he.corpora import load_documents
 from hf_he.errors import DataError
 from hf_he.models.polynomial_mode import PolynomialModeMixin
@@ -43,7 +43,7 @@ def load_decoder(directory: Path, mode: str) -> tuple[PreTrainedModel, PreTraine
         model.set_mode(mode)
     elif mode != "exact":
         raise DataError(f"{type(model).__name__} has no {mode} mode: convert it with hf_he.convert_gpt_neox or convert_llama, or use --mode exact.")
-    return model, AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return model, load_tokenizer(directory)
 
 
 def spread_blocks(tokenizer: PreTrainedTokenizerBase, split: str, data_dir: Path | None, length: int, limit: int | None) -> torch.Tensor:
