@@ -64,11 +64,11 @@ class PolynomialLayer(nn.Module):
         """Use `approximation` from now on; None is exact mode."""
         self.approximation = approximation
 
-    def configure(self, mode: str, entry: Mapping[str, Any] | None) -> None:
-        """Switch to `mode` with the calibrated `entry` of this layer.
+    def prepare(self, mode: str, entry: Mapping[str, Any] | None) -> tuple[tuple[float, float] | None, Any | None]:
+        """Interval and approximation of this layer in `mode` with its calibrated `entry`; nothing changes yet.
 
         Raises:
-            ApproximationError: polynomial mode without an entry, an incomplete entry, or no polynomial fits it.
+            ApproximationError: polynomial mode without an entry, an incomplete or unreadable entry, or no polynomial fits it.
         """
         if mode not in MODES:
             raise ApproximationError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
@@ -79,8 +79,18 @@ class PolynomialLayer(nn.Module):
                 f"{self.layer_name} has no entry in config.approximations. Run calibration (load with mode='exact', record ranges "
                 "with RangeTracker on representative data, then model.set_approximations(...)) before switching to polynomial mode."
             )
-        self.interval = None if entry is None else (float(entry["interval"][0]), float(entry["interval"][1]))
-        self.install_approximation(self.build_approximation(entry) if mode == "polynomial" else None)
+        if entry is None:
+            return None, None
+        try:
+            low, high = (float(end) for end in entry["interval"])
+        except (TypeError, ValueError):
+            raise ApproximationError(f"{self.layer_name}: the interval must be two numbers, not {entry['interval']!r}: calibrate again.") from None
+        return (low, high), self.build_approximation(entry) if mode == "polynomial" else None
+
+    def configure(self, mode: str, entry: Mapping[str, Any] | None) -> None:
+        """Switch to `mode` with the calibrated `entry` of this layer. Errors as for `prepare`."""
+        self.interval, approximation = self.prepare(mode, entry)
+        self.install_approximation(approximation)
 
 
 class HELayerNorm(PolynomialLayer):

@@ -33,15 +33,25 @@ class PolynomialModeMixin:
         return {f"{prefix}{name}": m for name, m in self.named_modules() if isinstance(m, PolynomialLayer)}
 
     def set_mode(self, mode: str) -> None:
-        """Run with the exact functions ("exact") or with the polynomials of `config.approximations` ("polynomial").
+        """Run with the exact functions ("exact") or with the polynomials of `config.approximations` ("polynomial"). An error changes nothing.
 
         Raises:
             ApproximationError: unknown mode, softmax attention, layers without an entry, or an entry that no polynomial fits.
         """
+        self._configure(mode, self.config.approximations)
+        self.config.mode = mode
+
+    def set_approximations(self, approximations: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace `config.approximations` and rebuild what the current mode uses. Errors as for `set_mode`."""
+        entries = {name: dict(entry) for name, entry in approximations.items()}
+        self._configure(self.config.mode, entries)
+        self.config.approximations = entries
+
+    def _configure(self, mode: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Switch every layer, after all approximations have been fitted once; fits are cached."""
         if mode == "polynomial" and self.config.attention_kernel == "softmax":
             raise ApproximationError("softmax attention has no polynomial form. Convert the model to attention_kernel='gaussian_kernel'.")
         layers = [(_PEFT_COPY.sub("", name), layer) for name, layer in self.polynomial_layers().items()]
-        entries = self.config.approximations
         missing = sorted({name for name, _ in layers if name not in entries})
         if mode == "polynomial" and missing:
             raise ApproximationError(
@@ -50,13 +60,9 @@ class PolynomialModeMixin:
             )
         for name, layer in layers:
             layer.layer_name = name
+            layer.prepare(mode, entries.get(name))
+        for name, layer in layers:
             layer.configure(mode, entries.get(name))
-        self.config.mode = mode
-
-    def set_approximations(self, approximations: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace `config.approximations` and rebuild what the current mode uses. Errors as for `set_mode`."""
-        self.config.approximations = {name: dict(entry) for name, entry in approximations.items()}
-        self.set_mode(self.config.mode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained` plus the three-line module with which `trust_remote_code=True` finds this package."""

@@ -62,6 +62,24 @@ class DecoderPolynomialMode:
         with pytest.raises(ApproximationError, match=r"9 layers have no entry.*Run calibration"):
             self.make().set_mode("polynomial")
 
+    @pytest.mark.parametrize("wrong", [{"interval": [-1.0, 1.0]}, {"interval": [1.0]}, {"interval": []}, {"interval": "ab"}, {"interval": 1.0}])
+    def test_a_wrong_entry_of_the_last_layer_changes_nothing(self, wrong):
+        model = self.make()
+        entries = calibrated(model, tokens())
+        model.set_approximations(entries)
+        exact, last = model(tokens()).logits, list(entries)[-1]
+        changed = entries | {last: entries[last] | wrong}
+        model.config.approximations = changed
+        with pytest.raises(ApproximationError):
+            model.set_mode("polynomial")
+        assert model.config.mode == "exact" and torch.equal(model(tokens()).logits, exact)
+        model.set_approximations(entries)
+        model.set_mode("polynomial")
+        polynomial = model(tokens()).logits
+        with pytest.raises(ApproximationError):
+            model.set_approximations(changed)
+        assert model.config.approximations == entries and torch.equal(model(tokens()).logits, polynomial)
+
     def test_softmax_has_no_polynomial_form(self):
         with pytest.raises(ApproximationError, match="softmax attention has no polynomial form"):
             self.make(attention_kernel="softmax").set_mode("polynomial")
