@@ -32,7 +32,7 @@ from hf_he.finetuning.reference import mean_loss
 from hf_he.finetuning.report import twin_run
 from hf_he.finetuning.step import TrainingRun
 from hf_he.packing import Packing
-from hf_he.planner import CountingSession
+from hf_he.planner import CountingSession, packing_widths
 from hf_he.protocol import SEQUENCE_LENGTH
 
 CALIBRATION_BATCHES = 16
@@ -163,11 +163,11 @@ class Study:
     def cost(self, point: Point, settings: TrainingSettings) -> tuple[dict[str, Any], dict[str, Any]]:
         """Of a training step and of one packed batch of inference, on a backend that counts."""
         parameters, model = parameter_set(self.parameters), self._model(point)
-        packing = Packing.fit(parameters.slots, model.config.hidden_size, SEQUENCE_LENGTH)
+        packing = Packing.fit(parameters.slots, packing_widths(model.config)[0], SEQUENCE_LENGTH)
         batches = -(-settings.sequences // packing.sequences)
         plan = plan_step(model, parameters, packing, settings)
         step = {"operations": plan.operations(batches), "refreshes": plan.refreshes(batches), "seconds": sum(plan.seconds(batches).values())}
-        session, model = CountingSession(parameters, packing), self._model(point)
+        session, model = CountingSession(parameters, packing, model.config.hidden_size), self._model(point)
         levels = polynomial_levels(model)
         run = TrainingRun(session, model, settings)
         run.load(replace(session.backend.fresh(session.top), batch_shape=(run.layout.count,)))

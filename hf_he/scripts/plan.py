@@ -12,7 +12,7 @@ from hf_he.checkpoints import default_model, load_classifier
 from hf_he.ckks.parameters import CKKSParameters, parameter_set
 from hf_he.generation.model import is_decoder, load_decoder
 from hf_he.packing import Packing
-from hf_he.planner import Plan, choose_packing, key_sizes, make_plan, make_plans
+from hf_he.planner import Plan, choose_packing, key_sizes, make_plan, make_plans, packing_widths
 from hf_he.protocol import SEQUENCE_LENGTH
 from hf_he.refresh import BootstrapRefresh
 from hf_he.scripts.display import console, print_json
@@ -26,7 +26,7 @@ def collect(model: Path | None, parameters: str, batch: int | None = None) -> di
         choice = choose_packing(make_plans(loaded, chosen, SEQUENCE_LENGTH), batch)
         why = {"batch": batch, "seconds_by_features": {str(width): value for width, value in choice.seconds.items()}, "reason": choice.reason}
         return describe(choice.plan, chosen, choice.packing) | {"parameters": parameters, "packing": why}
-    packing = Packing.fit(chosen.slots, loaded.config.hidden_size, SEQUENCE_LENGTH)
+    packing = Packing.fit(chosen.slots, packing_widths(loaded.config)[0], SEQUENCE_LENGTH)
     return describe(make_plan(loaded, chosen, packing), chosen, packing) | {"parameters": parameters}
 
 

@@ -23,6 +23,7 @@ from hf_he.finetuning.reference import PolynomialTraining
 from hf_he.finetuning.step import adapted_model
 from hf_he.finetuning.study import Axes, Measured, Point, Study, polynomial_levels
 from hf_he.finetuning.study_report import place_labels, plot, summarise
+from hf_he.scripts.plan import collect, collect_step
 
 ROWS = TextDataset("mr", "train", tuple(SENTENCES), None, (1, 0, 1, 1, 0))
 SETTINGS = TrainingSettings(steps=2, sequences=4, target_modules=("query", "value"))
@@ -69,6 +70,14 @@ def test_a_run_measures_quality_and_cost_and_goes_on_where_it_stopped(runner, mo
     assert first[2].score is None and "squarings" in first[2].error
     monkeypatch.setattr(Study, "measure", lambda *_: pytest.fail("a finished point was run again"))
     assert list(runner.run(POINTS)) == first
+
+
+def test_costs_and_plans_of_a_hidden_size_that_is_no_power_of_two(tmp_path):
+    model = save_tiny_model(tmp_path, hidden_size=96, num_attention_heads=6)
+    train, infer = Study(model, ROWS, ROWS, SETTINGS, "n14", tmp_path / "results.jsonl").cost(Point(), SETTINGS)
+    planned = collect(model, "n14")
+    assert planned["features_per_ciphertext"] == collect_step(model, "n14", 4)["features_per_ciphertext"] == 32
+    assert train["operations"]["rotate"] > infer["operations"]["rotate"] > planned["operations"]["rotate"] > 0
 
 
 def test_results_of_another_study_do_not_count(runner, directory, tmp_path):
