@@ -48,6 +48,7 @@ class Recipe:
     `refine_weight`: share of the refined weights in the result, the rest being those of the polynomial stage.
     """
 
+    kind: str = "classifier"
     name: str = "he-bert-tiny-mr"
     task: str = "mr"
     data_dir: str | None = None

@@ -26,6 +26,7 @@ def test_nested_values_and_defaults(tmp_path):
     recipe = load_recipe(write(tmp_path, "kernel_stage: {learning_rate: 3e-4, epochs: 2, loss: {penalty: 1}}"))
     assert (recipe.kernel_stage.learning_rate, recipe.kernel_stage.epochs, recipe.kernel_stage.loss.penalty) == (3e-4, 2.0, 1.0)
     assert recipe.teacher_stage == Recipe().teacher_stage
+    assert load_recipe(write(tmp_path, "kind: classifier")) == Recipe()
 
 
 @pytest.mark.parametrize(
