@@ -63,7 +63,8 @@ class StockFamily:
         """The HE model with the weights of `source`; see the converters for the arguments.
 
         Raises:
-            UnsupportedModelError: no counterpart, an activation without polynomial, or a weight of the target that the source lacks or has in another shape.
+            UnsupportedModelError: no counterpart, an activation without polynomial, a weight of the target that the source lacks or has in another shape,
+                or a weight of the source without a place in the target, unless a whole head or pooler is left behind.
         """
         if target_class is None:
             target_class = next((target for stock, target in self.classes.values() if isinstance(source, stock)), None)
@@ -79,7 +80,11 @@ class StockFamily:
             )
         target = target_class._from_config(self.config_class(**fields), dtype=source.dtype)
         shapes = {name: value.shape for name, value in target.state_dict().items()}
-        weights = {name: value for name, value in _renamed(source, target).items() if name in shapes and value.shape == shapes[name]}
+        renamed, depth, modules = _renamed(source, target), 1 + (target.base_model is not target), dict(target.named_modules())
+        lost = [name for name in renamed if name not in shapes and ".".join(name.split(".")[:-1][:depth]) in modules]
+        if lost:
+            raise UnsupportedModelError(f"{type(target).__name__} has no place for {', '.join(lost)}: leave out the config field that takes it away.")
+        weights = {name: value for name, value in renamed.items() if name in shapes and value.shape == shapes[name]}
         missing = [name for name in shapes if name not in weights]
         unexplained = [name for name in missing if not name.startswith(new_modules)] if new_modules else missing
         if unexplained:

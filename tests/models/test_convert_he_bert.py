@@ -96,6 +96,18 @@ def test_a_new_head_must_be_asked_for():
     assert torch.equal(converted.bert.encoder.layer[1].output.dense.weight, source.bert.encoder.layer[1].output.dense.weight)
 
 
+@pytest.mark.parametrize(
+    "source_class, target_class", [*PAIRS, (BertForMaskedLM, HEBertForSequenceClassification), (BertForSequenceClassification, HEBertModel)]
+)
+@pytest.mark.parametrize(
+    ("field", "lost"),
+    [({"num_hidden_layers": 1}, r"encoder\.layer\.1\."), ({"use_bias": False}, r"bias"), ({"position_embedding_type": "sinusoidal"}, "position_embeddings")],
+)
+def test_no_weight_is_lost_by_a_config_field(source_class, target_class, field, lost):
+    with pytest.raises(UnsupportedModelError, match=f"has no place for .*{lost}"):
+        convert_bert(stock(source_class), target_class=target_class, new_modules=("bert.pooler", "classifier", "bert.embeddings", "embeddings"), **field)
+
+
 def test_head_from_a_bare_encoder_and_encoder_from_a_head(inputs):
     encoder = stock(BertModel)
     head = convert_bert(encoder, "softmax", target_class=HEBertForSequenceClassification, new_modules=("classifier",))

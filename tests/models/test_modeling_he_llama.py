@@ -136,6 +136,11 @@ class TestConversion:
         assert converted.generation_config.max_new_tokens == 6 and converted.generation_config is not source.generation_config
         assert torch.equal(converted.generate(tokens(), do_sample=False), source.generate(tokens(), do_sample=False))
 
+    def test_no_layer_is_lost(self):
+        for source in (stock(), stock(LlamaModel)):
+            with pytest.raises(UnsupportedModelError, match=r"has no place for .*layers\.1\."):
+                convert_llama(source, num_hidden_layers=1)
+
     def test_a_new_head_must_be_asked_for(self):
         with pytest.raises(UnsupportedModelError, match=r"no weights for score\.weight.*new_modules"):
             convert_llama(stock(), target_class=HELlamaForSequenceClassification)
