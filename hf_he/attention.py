@@ -77,7 +77,8 @@ def gaussian_kernel_attention(
     Raises:
         RangeError: polynomial mode, outside a `RangeTracker`, an exponent left the fitted interval.
         ApproximationError: polynomial mode in 16 bits, or with the approximation of another kernel.
-        UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks / position biases.
+        UnsupportedModelError: an additive mask, no mask for a causal module, or attention sinks, position biases or
+            a cap on the scores.
     """
     query, key = _wide_enough(module, query, key)
     key, value, mask, scaling = _prepare(module, query, key, value, attention_mask, scaling, kwargs)
@@ -343,7 +344,7 @@ def _prepare(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
     """Repeat grouped keys and values, default the scaling, and turn the mask into 0/1 numbers of the query's type."""
-    for argument in ("s_aux", "position_bias"):
+    for argument in ("s_aux", "position_bias", "softcap"):
         if kwargs.get(argument) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} passes {argument!r}, which only means something to softmax attention.")
     groups = query.shape[1] // key.shape[1]
@@ -354,11 +355,16 @@ def _prepare(
         if getattr(module, "is_causal", False) and query.shape[-2] > 1:
             raise UnsupportedModelError(f"{type(module).__name__} is causal but no mask arrived: its model builds masks for another attention implementation.")
         return key, value, None, scaling
-    if attention_mask.is_floating_point() and attention_mask.numel() and not bool(((attention_mask >= 0).all()) & (attention_mask > 0).any()):
+    if attention_mask.dtype != torch.bool and attention_mask.numel() and _is_additive(attention_mask):
         raise UnsupportedModelError(
             f"{type(module).__name__} passes an additive mask; a 0/1 or boolean one is needed (1 keeps). Its model builds the mask itself."
         )
     return key, value, attention_mask[..., : key.shape[-2]].to(query.dtype), scaling
+
+
+def _is_additive(mask: torch.Tensor) -> bool:
+    """Whether numbers added to the scores: negative ones, or floating-point zeros only."""
+    return bool((mask < 0).any()) or (mask.is_floating_point() and not bool((mask > 0).any()))
 
 
 def _weighted_sum(module: nn.Module, weights: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:

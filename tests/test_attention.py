@@ -302,6 +302,10 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="additive mask"):
             gaussian_kernel_attention(module, *qkv, torch.full((2, 1, 6, 6), -1e4))
 
+    def test_additive_mask_of_integers(self, module, qkv):
+        with pytest.raises(UnsupportedModelError, match="additive mask"):
+            gaussian_kernel_attention(module, *qkv, torch.tensor([0, -10_000]).repeat(1, 1, 1, qkv[1].shape[2] // 2))
+
     def test_additive_mask_that_keeps_everything(self, module, qkv):
         with pytest.raises(UnsupportedModelError, match="additive mask"):
             gaussian_kernel_attention(module, *qkv, torch.zeros(2, 1, 6, 6))
@@ -325,7 +329,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="no mask arrived"):
             gaussian_kernel_attention(module, *qkv, None)
 
-    @pytest.mark.parametrize("argument", ["s_aux", "position_bias"])
+    @pytest.mark.parametrize("argument", ["s_aux", "position_bias", "softcap"])
     def test_softmax_only_arguments(self, module, qkv, argument):
         with pytest.raises(UnsupportedModelError, match=argument):
             power_softmax_attention(module, *qkv, None, **{argument: torch.zeros(4)})
