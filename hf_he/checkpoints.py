@@ -40,13 +40,27 @@ def find_model(name: str | Path) -> Path:
 
 
 def check_architecture(directory: Path, suffix: str, needed: str) -> None:
-    """Raises DataError when the folder's configuration names other architectures than those that end in `suffix`, say ForCausalLM.
+    """Raises DataError when the folder's configuration names other architectures than those that end in `suffix`, say ForCausalLM, CorruptFileError
+    when it cannot be read.
 
     transformers would load such weights with a new, random head.
     """
-    architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    architectures = _read_config(directory).get("architectures") or []
     if architectures and not any(str(name).endswith(suffix) for name in architectures):
         raise DataError(f"{directory} holds {architectures[0]}, and this needs {needed}: give the folder of a model that ends in {suffix}")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CorruptFileError(f"{path} is not readable JSON: copy the model again")
+    return found
 
 
 def _shipped(name: str) -> Path:
@@ -65,10 +79,7 @@ def model_fingerprint(directory: str | Path) -> str:
     config, weights = directory / "config.json", sorted(directory.glob("*.safetensors"))
     if not config.is_file() or not weights:
         raise DataError(f"{directory} holds no model: give a folder with config.json and model.safetensors (make one with `hf-he convert` or `hf-he train`)")
-    try:
-        described = {key: value for key, value in json.loads(config.read_text(encoding="utf-8")).items() if key not in _VOLATILE_CONFIG}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise CorruptFileError(f"{config} is not readable JSON: copy the model again") from None
+    described = {key: value for key, value in _read_config(directory).items() if key not in _VOLATILE_CONFIG}
     hashed = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for path in weights:
         try:
@@ -102,17 +113,32 @@ def load_polynomial(auto_class: Any, directory: str | Path, suffix: str, what: s
     Weights are read from safetensors only: those the fingerprint covers, and nothing that unpickling could execute.
     """
     model_fingerprint(directory)
-    check_architecture(Path(directory), suffix, f"a {what}")
-    try:
-        with quiet_loading():
-            model = auto_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        model.eval()
-        model.set_mode("polynomial")
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        if isinstance(error, HEError):
-            raise
-        raise CorruptFileError(f"{directory} holds no usable polynomial-mode {what} ({type(error).__name__}): copy or convert the model again") from error
+    with quiet_loading():
+        return load_in_mode(auto_class, directory, suffix, what, "polynomial", use_safetensors=True)
+
+
+def load_in_mode(auto_class: Any, directory: str | Path, suffix: str, what: str, mode: str, **options: Any) -> PreTrainedModel:
+    """The model of a folder in eval mode, float32, in `mode` exact or polynomial; stock models have only the first. Errors as of `load_polynomial`."""
+    directory = Path(directory)
+    with reading(directory, what):
+        check_architecture(directory, suffix, f"a {what}")
+        model = auto_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **options).eval()
+        if hasattr(model, "set_mode"):
+            model.set_mode(mode)
+        elif mode != "exact":
+            raise DataError(f"{type(model).__name__} has no {mode} mode: convert it (`hf-he convert`, hf_he.convert_gpt_neox, convert_llama)")
     return model
+
+
+@contextmanager
+def reading(source: str | Path, what: str) -> Iterator[None]:
+    """What a damaged model makes transformers raise in here becomes a CorruptFileError; typed errors pass."""
+    try:
+        yield
+    except HEError:
+        raise
+    except (AttributeError, IndexError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{source} holds no usable {what} ({type(error).__name__}): copy or convert the model again") from error
 
 
 def load_tokenizer(source: str | Path, *, local_files_only: bool = True) -> PreTrainedTokenizerBase:
@@ -122,7 +148,7 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = True) -> PreT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # that of tokenizers for a damaged file is an Exception itself
         raise DataError(f"{source} holds no usable tokenizer ({type(error).__name__}): save one beside the model with tokenizer.save_pretrained") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise DataError(f"{source} holds no tokenizer files: save them beside the model with tokenizer.save_pretrained")

@@ -297,7 +297,9 @@ def _load_glue(task: str, split: str, data_dir: str | Path | None) -> TextDatase
             rows = list(reader(line for line in lines if line))
         except (IndexError, KeyError, ValueError, csv.Error) as error:
             raise DataError(f"{path}, line {lines.line_num}: not the GLUE layout of {task} ({error}).") from error
-    second = None if rows and rows[0][1] is None else tuple(row[1] for row in rows)
+    if not rows:
+        raise DataError(f"{path} holds no rows: give a file with some, or another --split.")
+    second = None if rows[0][1] is None else tuple(row[1] for row in rows)
     return TextDataset(task, split, tuple(row[0] for row in rows), second, tuple(row[2] for row in rows))
 
 

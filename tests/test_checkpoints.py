@@ -1,12 +1,14 @@
 """Saved models: found by folder or name, and refused for a task that they were not trained for."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tiny_model import save_tiny_model
 from transformers.utils import logging
 
 from hf_he.checkpoints import default_decoder, default_model, find_model, load_classifier
-from hf_he.errors import DataError
+from hf_he.errors import ApproximationError, CorruptFileError, DataError
 from hf_he.generation.model import load_decoder
 
 
@@ -22,6 +24,16 @@ def test_models_of_another_task_are_refused_instead_of_getting_a_random_head():
         load_classifier(default_decoder())
     with pytest.raises(DataError, match="holds HEBertForSequenceClassification, and this needs a decoder"):
         load_decoder(default_model())
+
+
+@pytest.mark.parametrize("value", [[], [1.0], None, "ab", 3])
+def test_an_interval_that_is_none_is_a_typed_error(value, tmp_path):
+    config = save_tiny_model(tmp_path) / "config.json"
+    written = json.loads(config.read_text())
+    next(iter(written["approximations"].values()))["interval"] = value
+    config.write_text(json.dumps(written))
+    with pytest.raises((ApproximationError, CorruptFileError)):
+        load_classifier(tmp_path)
 
 
 def test_loading_here_shows_no_progress_bar_and_leaves_those_of_others(capsys):

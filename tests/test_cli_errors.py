@@ -126,6 +126,51 @@ def test_a_model_without_tokenizer_files_is_refused_instead_of_reading_unknown_w
         Client.from_pretrained(model, backend="simulator")
 
 
+DAMAGED = {
+    "no weights": ("model.safetensors", None, "no usable"),
+    "weights": ("model.safetensors", b"\x10", "no usable"),
+    "config": ("config.json", b"{", "config.json is not readable JSON"),
+    "tokenizer": ("tokenizer.json", b"{}", "no usable tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("command", ["evaluate", "lm", "convert"])
+def test_damaged_models_are_typed_errors(command, damage, tmp_path):
+    model, (name, content, message) = save_tiny_model(tmp_path / "model"), DAMAGED[damage]
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    if command == "lm":
+        HEGPTNeoXForCausalLM(HEGPTNeoXConfig(**size)).save_pretrained(model)
+    elif command == "convert":
+        BertForSequenceClassification(BertConfig(**size)).save_pretrained(model)
+        message = "neither a folder with a saved BERT" if damage == "config" else message
+    if content is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(content)
+    arguments = {
+        "evaluate": ("evaluate", "--model", model, "--no-baselines"),
+        "lm": ("evaluate", "--task", "lm", "--mode", "exact", "--model", model),
+        "convert": ("convert", model, "--out", tmp_path / "out"),
+    }
+    result = invoke(*arguments[command])
+    assert isinstance(result.exception, (errors.DataError, errors.CorruptFileError)) and message in str(result.exception)
+
+
+def test_other_bad_input_is_a_typed_error_too(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "dev.tsv").write_text("sentence\tlabel\n")
+    result = invoke("evaluate", "--task", "sst2", "--split", "dev", "--data-dir", tmp_path)
+    assert isinstance(result.exception, errors.DataError) and "holds no rows" in str(result.exception)
+    for option in ("--tokens", "--priced"):
+        result = invoke("bench", "attention", option, "32,a")
+        assert result.exit_code == 2 and option in result.output and "whole numbers" in result.output
+    stock = tmp_path / "stock"
+    BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).save_pretrained(stock)
+    result = invoke("evaluate", "--model", stock)
+    assert isinstance(result.exception, errors.DataError) and "has no polynomial mode: convert it" in str(result.exception)
+
+
 def test_an_empty_prompt_is_refused_before_anything_else():
     result = invoke("generate", "--prompt", "", "--backend", "simulator")
     assert isinstance(result.exception, errors.DataError) and "the prompt is empty" in str(result.exception)

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_he.checkpoints import find_model, load_classifier, load_tokenizer
 from hf_he.data import TASKS, TextDataset, load_dataset
-from hf_he.errors import DataError
+from hf_he.errors import DataError, HEError
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 
 
@@ -59,7 +57,7 @@ class FinetuneRecipe:
         return train, load_dataset(self.task, "dev", self.data_dir).spread(self.eval_rows)
 
     def training_arguments(self, **overrides: Any) -> EncryptedTrainingArguments:
-        """The recipe's arguments with those of `overrides` that are not None. Raises DataError for an unknown name, ParameterError for a wrong value."""
+        """The recipe's arguments with those of `overrides` that are not None. Raises DataError for an unknown one, ParameterError for a wrong value."""
         given = {name: value for name, value in overrides.items() if value is not None}
         short = dict(self.short_runs)
         if not 0 < given.get("max_steps", 0) <= short.pop("steps", 0):
@@ -68,20 +66,9 @@ class FinetuneRecipe:
         known = {entry.name for entry in dataclasses.fields(EncryptedTrainingArguments)}
         if unknown := set(chosen) - known:
             raise DataError(f"recipe: unknown argument {sorted(unknown)[0]!r}: they are those of EncryptedTrainingArguments")
-        return EncryptedTrainingArguments(**chosen)
-
-
-def load_finetune_recipe(path: str | Path, **overrides: Any) -> FinetuneRecipe:
-    """Read a recipe; `overrides` that are not None replace top-level keys. Raises DataError for a missing file or an unknown key."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise DataError(f"cannot read the recipe {path} ({error.strerror}): give one such as recipes/finetune_mr/config.yaml") from None
-    except yaml.YAMLError:
-        raise DataError(f"{path} is not YAML: see recipes/finetune_mr/config.yaml") from None
-    known = {entry.name for entry in dataclasses.fields(FinetuneRecipe)}
-    tables = ("approximations", "arguments", "short_runs")
-    if not isinstance(values, dict) or set(values) - known or not all(isinstance(values.get(name, {}), dict) for name in tables):
-        raise DataError(f"{path}: the keys of a recipe are {', '.join(sorted(known))}, of which {', '.join(tables)} are tables")
-    return FinetuneRecipe(**{**values, **{name: value for name, value in overrides.items() if value is not None}})
+        try:
+            return EncryptedTrainingArguments(**chosen)
+        except HEError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise DataError(f"recipe: an argument is not what EncryptedTrainingArguments take ({error})") from None

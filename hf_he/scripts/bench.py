@@ -50,8 +50,9 @@ def attention(
     from hf_he.bench.attention import measure, paper_ratios
     from hf_he.bench.attention import priced as price_all
     from hf_he.scripts.display import progress_bar
+    from hf_he.scripts.study import whole_numbers
 
-    run, counted = ([8], [32]) if quick else ([int(n) for n in tokens.split(",")], [int(n) for n in priced.split(",")])
+    run, counted = ([8], [32]) if quick else (whole_numbers(tokens, "--tokens"), whole_numbers(priced, "--priced"))
     with progress_bar("Measuring (the first run also compiles kernels)") as progress:
 
         def announce(text: str) -> None:

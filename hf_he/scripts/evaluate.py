@@ -28,7 +28,9 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Score a checkpoint on a task in exact, polynomial or encrypted mode; decoders (--task lm) beside polynomial mode when encrypted."""
-    from hf_he.checkpoints import default_model, find_model, load_tokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    from hf_he.checkpoints import check_architecture, default_model, find_model, load_in_mode, load_tokenizer
     from hf_he.data import load_dataset
     from hf_he.errors import HEError
     from hf_he.evaluation import MAX_LENGTH, evaluate_model
@@ -42,7 +44,9 @@ def evaluate(
         return _evaluate_language(model, split, mode, data_dir, limit, max_length, batch_size, json_output)
     directory = model or default_model()
     rows = load_dataset(task, split, data_dir).spread(limit)
-    classifier = _load_classifier(directory, "exact" if mode == "exact" else "polynomial")
+    check_architecture(directory, "ForSequenceClassification", "a classifier; for perplexity add --task lm")
+    computed = "exact" if mode == "exact" else "polynomial"
+    classifier = load_in_mode(AutoModelForSequenceClassification, directory, "ForSequenceClassification", "classifier", computed)
     tokenizer = load_tokenizer(directory)
     result = evaluate_model(classifier, tokenizer, rows, max_length=max_length or MAX_LENGTH, batch_size=batch_size, progress=True)
     data = result.to_dict()
@@ -101,26 +105,6 @@ def _evaluate_decoder(model: Path | None, split: str, data_dir: Path | None, lim
     for name, spent in (*result.seconds_by_part.items(), *((f"of which {n}", s) for n, s in result.seconds_by_primitive.items() if n in ("rotate", "encode"))):
         table.add_row(name.replace("_", " "), f"{spent:.3f}")
     console.print(table)
-
-
-def _load_classifier(directory: Path, mode: str):
-    """A checkpoint in `mode`; stock softmax classifiers are accepted in exact mode. Raises DataError, ApproximationError."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    import hf_he
-    from hf_he.checkpoints import check_architecture
-    from hf_he.errors import DataError
-
-    if not (directory / "config.json").is_file():
-        raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
-    check_architecture(directory, "ForSequenceClassification", "a classifier; for perplexity add --task lm")
-    classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    if isinstance(classifier, hf_he.HEBertPreTrainedModel):
-        classifier.set_mode(mode)
-    elif mode != "exact":
-        raise DataError(f"{type(classifier).__name__} has no {mode} mode: convert it with `hf-he convert`, or use --mode exact.")
-    return classifier.eval()
 
 
 def _encrypted(directory: Path, rows, backend: str, parameters: str) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_he.checkpoints import check_architecture, load_tokenizer
+from hf_he.checkpoints import load_in_mode, load_tokenizer
 from hf_he.corpora import load_documents
 from hf_he.errors import DataError
-from hf_he.models.polynomial_mode import PolynomialModeMixin
 from hf_he.perplexity import evaluate_perplexity
 from hf_he.training.language_data import token_blocks
 
@@ -35,14 +34,7 @@ def evaluate_language(directory: Path, split: str, mode: str, data_dir: Path | N
 
 def load_decoder(directory: Path, mode: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in `mode` and its tokenizer. Raises DataError for a folder without a model, or a stock model in another mode than exact."""
-    if not (directory / "config.json").is_file():
-        raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model.")
-    check_architecture(directory, "ForCausalLM", "a decoder")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
-    if isinstance(model, PolynomialModeMixin):
-        model.set_mode(mode)
-    elif mode != "exact":
-        raise DataError(f"{type(model).__name__} has no {mode} mode: convert it with hf_he.convert_gpt_neox or convert_llama, or use --mode exact.")
+    model = load_in_mode(AutoModelForCausalLM, directory, "ForCausalLM", "decoder", mode)
     return model, load_tokenizer(directory)
 
 

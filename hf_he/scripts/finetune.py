@@ -70,7 +70,8 @@ def finetune(
     from hf_he.backends import set_default_device
     from hf_he.checkpoints import default_model
     from hf_he.errors import ParameterError
-    from hf_he.finetuning.recipe import load_finetune_recipe
+    from hf_he.finetuning.recipe import FinetuneRecipe
+    from hf_he.training.recipe import load_recipe
 
     logging.set_verbosity_error()
     set_default_device(device)
@@ -86,7 +87,7 @@ def finetune(
     if text is not None or context is not None:
         raise ParameterError("--text and --context belong to --task lm: add it, or leave them out")
     default = default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml"
-    recipe = load_finetune_recipe(config or default, model=model, task=task, data_dir=data_dir)
+    recipe = load_recipe(config or default, FinetuneRecipe, model=model, task=task, data_dir=data_dir)
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
         "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes, "seed": seed,

@@ -30,17 +30,18 @@ def study(
 
     from hf_he.checkpoints import default_model
     from hf_he.data import load_dataset
-    from hf_he.finetuning.recipe import load_finetune_recipe
+    from hf_he.finetuning.recipe import FinetuneRecipe
     from hf_he.finetuning.study import Axes, Study
     from hf_he.finetuning.study_report import plot, summarise
     from hf_he.scripts.display import console, print_json, progress_bar, say
+    from hf_he.training.recipe import load_recipe
 
     logging.set_verbosity_error()
-    recipe = load_finetune_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", model=model)
+    recipe = load_recipe(config or default_model().parent.parent / "recipes" / "finetune_mr" / "config.yaml", FinetuneRecipe, model=model)
     arguments = recipe.training_arguments(max_steps=steps, parameters=parameters)
     settings = arguments.settings(1, divisor=1.0, eps=0.02, loss_bound=12.0)
     polynomials = {"--squarings": squarings, "--norm-degrees": norm_degrees, "--activation-degrees": activation_degrees}
-    points = Axes(_numbers(ranks, "--ranks"), *(_numbers(text, option, OWN) for option, text in polynomials.items())).points()
+    points = Axes(whole_numbers(ranks, "--ranks"), *(whole_numbers(text, option, OWN) for option, text in polynomials.items())).points()
     train, dev = recipe.datasets()[0], load_dataset(recipe.task, "dev", recipe.data_dir)
     start, results = recipe.start_model(output_dir), output_dir / "results.jsonl"
     runner = Study(start, train, dev, settings, arguments.parameter_set_name, results, range(seeds), arguments.calibrated_eps_ratio)
@@ -102,7 +103,7 @@ def _mean(row, name: str) -> str:
     return f"{row[name]:.4f}{spread}"
 
 
-def _numbers(text: str, option: str, none: str = "") -> tuple[int | None, ...]:
+def whole_numbers(text: str, option: str, none: str = "") -> tuple[int | None, ...]:
     """The numbers in `text`, None for the word `none`."""
     parts = text.split(",")
     if not all(part == none or (part.isdecimal() and int(part) >= 1) for part in parts):

@@ -83,7 +83,7 @@ class LanguageRecipe:
         if self.variants.get(BASELINE, {}).get("attention_kernel") != BASELINE:
             raise DataError(f"recipe: variants need {BASELINE!r} with attention_kernel {BASELINE}, the baseline of the comparison.")
         for name, variant in self.variants.items():
-            if variant.get("attention_kernel") not in KERNELS:
+            if str(variant.get("attention_kernel")) not in KERNELS:
                 raise DataError(f"recipe: variant {name} needs an attention_kernel out of {', '.join(KERNELS)}.")
             if unknown := set(variant) - {"attention_kernel", *TRAINING_FIELDS, *_KERNEL_FIELDS}:
                 raise DataError(f"recipe: variant {name}: unknown key {sorted(unknown)[0]!r}; known: {', '.join((*TRAINING_FIELDS, *_KERNEL_FIELDS))}.")

@@ -1,11 +1,12 @@
-"""The YAML recipe of `hf-he train`: dataclasses whose field names are the keys, unknown keys refused."""
+"""The YAML recipe of `hf-he train`, and how any recipe is read: dataclasses whose field names are the keys, unknown keys and other types refused."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -15,6 +16,7 @@ from hf_he.training.distillation import LossWeights
 from hf_he.training.range_penalty import Degrees, RangeTargets
 
 AnyRecipe = TypeVar("AnyRecipe")
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys and values"}
 
 
 @dataclass
@@ -101,11 +103,11 @@ def recipe_kind(path: str | Path) -> str:
 def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist: give a recipe such as recipes/he_bert_tiny/config.yaml.")
+        raise DataError(f"{path} does not exist: give a recipe such as those in recipes/.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise DataError(f"{path} is not YAML: give a recipe such as recipes/he_bert_tiny/config.yaml.") from None
+        raise DataError(f"{path} is not YAML: give a recipe such as those in recipes/.") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected keys and values, got {values!r}.")
     return values
@@ -115,21 +117,25 @@ def _build(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected keys and values, got {values!r}.")
     hints = get_type_hints(kind)
-    if unknown := set(values) - {entry.name for entry in fields(kind)}:
-        raise DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(hints))}.")
-    arguments = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if is_dataclass(hint):
-            value = _build(hint, value, f"{where}: {name}")
-        elif hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            value = _number(value, f"{where}: {name}")
-        elif hint == int | None and not (value is None or type(value) is int):
-            raise DataError(f"{where}: {name} must be a whole number or null, got {value!r}.")
-        elif hint in (int, float, str) and (not isinstance(value, hint) or isinstance(value, bool)):
-            raise DataError(f"{where}: {name} must be {hint.__name__}, got {value!r}.")
-        arguments[name] = value
-    return kind(**arguments)
+    if unknown := values.keys() - hints.keys():
+        raise DataError(f"{where}: unknown key {sorted(unknown, key=str)[0]!r}; known: {', '.join(sorted(hints))}.")
+    return kind(**{name: _checked(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _checked(hint: Any, value: Any, where: str, null: str = "") -> Any:
+    """`value` as a field of this type takes it: dataclass, dict or list of such, one or None, a number, text or true or false."""
+    if is_dataclass(hint):
+        return _build(hint, value, where)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return None if value is None else _checked(inner[0], value, where, " or null")
+    if hint is float and type(value) in (int, str):
+        value = _number(value, where)
+    if hint is not Any and type(value) is not (origin or hint):
+        raise DataError(f"{where} must be {_NAMES[origin or hint]}{null}, got {value!r}.")
+    if origin is dict:
+        return {_checked(inner[0], name, where): _checked(inner[1], entry, f"{where}: {name}") for name, entry in value.items()}
+    return [_checked(inner[0], entry, where) for entry in value] if origin is list else value
 
 
 def _number(value: int | str, where: str) -> float:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from hf_he.checkpoints import load_classifier
 from hf_he.cli import app
 from hf_he.errors import CheckpointError, DataError, ParameterError
-from hf_he.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from hf_he.finetuning.recipe import FinetuneRecipe
+from hf_he.training.recipe import load_recipe
 
 KEYS = {
     "backend", "steps", "losses", "losses_polynomial", "adapter_relative_error", "seconds_per_step", "by_op", "operations", "bootstraps_per_step",
@@ -68,21 +69,27 @@ def test_prepare_names_the_commands(recipe, tmp_path):
 
 def test_recipes_are_checked(tmp_path):
     path = tmp_path / "recipe.yaml"
-    for text, message in (("a: 1", "the keys of a recipe"), ("[", "not YAML"), ("short_runs: 3", "are tables"), ("task: poetry", "not one of")):
-        path.write_text(text)
+    texts = {
+        "a: 1": "unknown key 'a'", "[": "not YAML", "# caf\xe9": "not YAML", "short_runs: 3": "must be keys and values", "task: poetry": "not one of",
+        "train_rows: many": "train_rows must be a whole number", "approximations: {a: 1}": "approximations: a must be keys and values",
+    }  # fmt: skip
+    for text, message in texts.items():
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(DataError, match=message):
-            load_finetune_recipe(path)
-    with pytest.raises(DataError, match="cannot read the recipe"):
-        load_finetune_recipe(tmp_path / "none.yaml")
+            load_recipe(path, FinetuneRecipe)
+    with pytest.raises(DataError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml", FinetuneRecipe)
     with pytest.raises(DataError, match="unknown argument 'lora_depth'"):
         FinetuneRecipe(arguments={"lora_depth": 3}).training_arguments()
+    with pytest.raises(DataError, match="could not convert string to float: 'fast'"):
+        FinetuneRecipe(arguments={"learning_rate": "fast"}).training_arguments()
     with pytest.raises(DataError, match="needs `steps`"):
         FinetuneRecipe(short_runs={"warmup_steps": 3})
 
 
 @pytest.mark.parametrize("name", ["finetune_mr", "finetune_sst2"])
 def test_the_shipped_recipes_are_readable_and_their_polynomials_fit(name, tmp_path):
-    recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / name / "config.yaml")
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / name / "config.yaml", FinetuneRecipe)
     assert recipe.training_arguments(max_steps=10).lora_rank == 2 and (recipe.model_folder / "config.json").is_file()
     model = load_classifier(recipe.start_model(tmp_path))
     for layer, module in model.polynomial_layers().items():
@@ -92,7 +99,7 @@ def test_the_shipped_recipes_are_readable_and_their_polynomials_fit(name, tmp_pa
 
 
 def test_short_runs_have_a_schedule_of_their_own():
-    recipe = load_finetune_recipe(Path(__file__).parents[2] / "recipes" / "finetune_mr" / "config.yaml")
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "finetune_mr" / "config.yaml", FinetuneRecipe)
     chosen = [recipe.training_arguments(max_steps=steps).settings(8528, divisor=1.0, eps=0.02, loss_bound=12.0) for steps in (10, 15, 16, -1, None)]
     assert [(run.learning_rate, run.warmup_steps) for run in chosen] == [(2e-3, 3), (2e-3, 5), (1e-2, 0), (1e-2, 0), (1e-2, 0)]
     assert recipe.training_arguments(max_steps=10, learning_rate=0.5).learning_rate == 0.5

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_he.errors import DataError
+from hf_he.training.language_recipe import LanguageRecipe
 from hf_he.training.recipe import Recipe, load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "he_bert_tiny" / "config.yaml"
@@ -36,15 +38,46 @@ def test_nested_values_and_defaults(tmp_path):
         ("kernel_stage: {loss: {penality: 1}}", "kernel_stage: loss: unknown key 'penality'"),
         ("kernel_stage: {epochs: many}", "kernel_stage: epochs must be a number, got 'many'"),
         ("kernel_stage: {unlabelled_rows: half}", "unlabelled_rows must be a whole number or null, got 'half'"),
-        ("seed: a", "seed must be int, got 'a'"),
+        ("seed: a", "seed must be a whole number, got 'a'"),
         ("task: wikipedia", "task 'wikipedia' is not one of mr"),
         ("unlabelled: wikipedia", "must be imdb or none"),
         ("kernel_stage: 3", "expected keys and values, got 3"),
+        ("targets: {activations: [gelu]}", "targets: activations must be keys and values, got"),
+        ("targets: {exponent: true}", "targets: exponent must be a number, got True"),
+        ("degrees: {activations: {gelu: deep}}", "degrees: activations: gelu must be a whole number, got 'deep'"),
     ],
 )
 def test_mistakes_are_named(text, message, tmp_path):
     with pytest.raises(DataError, match=message):
         load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("corpora: sotu", "corpora must be a list, got 'sotu'"),
+        ("seeds: [0, one]", "seeds must be a whole number, got 'one'"),
+        ("variants: [a]", "variants must be keys and values, got"),
+        ("variants: {softmax: softmax}", "variants: softmax must be keys and values, got 'softmax'"),
+        ("variants: {softmax: {attention_kernel: softmax}, a: {attention_kernel: [softmax]}}", "variant a needs an attention_kernel"),
+        ("architecture: {tie_embeddings: maybe}", "architecture: tie_embeddings must be true or false"),
+    ],
+)
+def test_mistakes_in_language_recipes_are_named(text, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        load_recipe(write(tmp_path, text), LanguageRecipe)
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("he_bert_tiny", Recipe), ("he_bert_tiny_base", Recipe), ("lm", LanguageRecipe)])
+def test_shipped_recipes_are_read_as_they_are_written(folder, kind):
+    """Which keeps finished stages valid: their settings are compared."""
+    path = SHIPPED.parents[1] / folder / "config.yaml"
+    written, read = yaml.safe_load(path.read_text()), load_recipe(path, kind).to_dict()
+
+    def same(a, b):
+        return all(same(a[key], b[key]) for key in a) if isinstance(a, dict) else a == b
+
+    assert same(written, read)
 
 
 def test_missing_recipe(tmp_path):
