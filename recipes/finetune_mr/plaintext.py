@@ -20,7 +20,8 @@ from hf_he.data import load_dataset
 from hf_he.errors import DataError
 from hf_he.evaluation import encode_texts, evaluate_model
 from hf_he.finetuning.order import DataOrder
-from hf_he.finetuning.recipe import load_finetune_recipe
+from hf_he.finetuning.recipe import FinetuneRecipe
+from hf_he.training.recipe import load_recipe
 
 
 def train(recipe, tokenizer, seed: int, learning_rate: float, max_steps: int) -> tuple[torch.nn.Module, list[float]]:
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
     parser.add_argument("--adapter", type=Path, help="output folder of a finished run: only score it")
     options = parser.parse_args()
-    recipe = load_finetune_recipe(options.config, task=options.task, data_dir=options.data_dir)
+    recipe = load_recipe(options.config, FinetuneRecipe, task=options.task, data_dir=options.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model_folder, local_files_only=True)
     if options.adapter:
         base = load_classifier(recipe.start_model(options.adapter))
