@@ -1,6 +1,7 @@
-"""Python blocks of the documents, as pasted, on the simulator; the shipped models, as loaded by whoever passes no dtype."""
+"""Python blocks of the documents, as pasted, on the simulator; the shipped models, as loaded by whoever passes no dtype; scripts of the recipes."""
 
 import re
+import runpy
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ BLOCKS = {
     for folder in (ROOT, *FOLDERS)
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL))
 }
+SCRIPTS = [path for path in sorted((ROOT / "recipes").rglob("*.py")) if "from hf_he" in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -36,3 +38,8 @@ def test_shipped_models_compute_in_a_pipeline(folder):
     made = pipeline(task, model=str(folder))
     assert made.model.dtype == torch.float32 and made.model.config.mode == "polynomial"
     assert made("a film", **options)[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_of_the_recipes_find_what_they_import(script):
+    assert callable(runpy.run_path(script, run_name="imported")["main"])
