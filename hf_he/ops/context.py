@@ -66,7 +66,10 @@ class OperationContext:
         if ct.level >= depth:
             return ct
         if depth > self.top:
-            raise LevelError(f"the next operations need {depth} levels in one go, these parameters have {self.top}: use a larger set or smaller degrees")
+            raise LevelError(
+                f"an operation ({self.backend.log.scope}) needs {depth} levels in one go, these parameters have {self.top}: use a parameter set with "
+                "as many (hf-he env lists them), or fewer squarings and smaller degrees in the model's approximations"
+            )
         if self.refresh is None:
             raise LevelError(f"{depth} levels are needed and {ct.level} are left: give the session a refresh policy")
         with self.backend.log.measure("refresh"):
