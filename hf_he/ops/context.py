@@ -67,7 +67,7 @@ class OperationContext:
             return ct
         if depth > self.top:
             raise LevelError(
-                f"an operation ({self.backend.log.scope}) needs {depth} levels in one go, these parameters have {self.top}: use a parameter set with "
+                f"the next operations need {depth} levels in one go, these parameters have {self.top}: use a parameter set with "
                 "as many (hf-he env lists them), or fewer squarings and smaller degrees in the model's approximations"
             )
         if self.refresh is None:
