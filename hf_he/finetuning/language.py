@@ -28,7 +28,7 @@ from hf_he.checkpoints import load_tokenizer
 from hf_he.errors import CheckpointError, CorruptFileError, DataError, ParameterError, RangeError, TrainingError
 from hf_he.finetuning.client_folder import RUN_FILE, finished_step, read_run, write_run
 from hf_he.finetuning.language_client import LanguageTrainingClient, no_windows
-from hf_he.finetuning.language_step import LanguageTwin, adapted_decoder, next_token_loss
+from hf_he.finetuning.language_step import PROJECTIONS, LanguageTwin, adapted_decoder, next_token_loss
 from hf_he.finetuning.optimizer import calibrate_divisor
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.protocol import EncryptedAdapterMessage, RunId, TrainingSettings
@@ -47,8 +47,9 @@ CALIBRATION_STEPS = 4
 class EncryptedTextTrainer:
     """Fine-tunes LoRA adapters of the decoder in folder `model` on `text`, cut into windows of `context` tokens.
 
-    `batch_size`: windows of a step. `optimizer`, `learning_rate`, `schedule`, `momentum`: as in `TrainingSettings`. `server`: a connection to
-    a LanguageFinetuneServer with the keys of `prepare()`; by default one is started as a child process. `announce` receives lines about what happens.
+    `batch_size`: windows of a step. `target_modules`: linear layers with an adapter, by default queries, keys and values. `optimizer`, `learning_rate`,
+    `schedule`, `momentum`: as in `TrainingSettings`. `server`: a connection to a LanguageFinetuneServer with the keys of `prepare()`; by default one is
+    started as a child process. `announce` receives lines about what happens.
 
     In a folder that holds a run it goes on with that. Raises TrainingError when the arguments are not those the run began with, or it has finished and
     more steps are asked for, CorruptFileError when its files are damaged.
@@ -62,7 +63,7 @@ class EncryptedTextTrainer:
         *,
         steps: int = 10,
         rank: int = 2,
-        target_modules: Sequence[str] = ("query_key_value",),
+        target_modules: Sequence[str] | None = None,
         optimizer: str = "sgd",
         learning_rate: float = 1.0,
         schedule: str = "constant",
@@ -92,7 +93,7 @@ class EncryptedTextTrainer:
         self.losses = _read_losses(own / LOSSES_FILE) if (own / LOSSES_FILE).is_file() else []
         draft = TrainingSettings(
             rank=rank,
-            target_modules=tuple(target_modules),
+            target_modules=tuple(target_modules or PROJECTIONS[self.client.model.config.model_type]),
             optimizer=optimizer,
             learning_rate=learning_rate,
             schedule=schedule,

@@ -14,19 +14,19 @@ from hf_he.errors import ModelMismatchError
 from hf_he.finetuning.plan import StepPlan, plan_run
 from hf_he.finetuning.protocol import TrainingSettings
 from hf_he.finetuning.reference import PolynomialTraining
-from hf_he.finetuning.step import Ask, TrainingRun
+from hf_he.finetuning.step import Ask, TrainingRun, check_targets
 from hf_he.packing import Packing
 from hf_he.peft import HELoraConfig, with_fresh_adapter
 from hf_he.planner import CountingSession
 
+PROJECTIONS = {"he_gpt_neox": ("query_key_value",), "he_llama": ("q_proj", "k_proj", "v_proj")}
+"""What gets an adapter where nothing else is named, by model_type: queries, keys and values."""
+
 
 def adapted_decoder(model: nn.Module, settings: TrainingSettings) -> nn.Module:
     """`model` as a PEFT model with a fresh adapter of these settings. Raises ModelMismatchError when it has no such modules, or one is the head."""
-    config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), task_type="CAUSAL_LM")
-    try:
-        adapted = with_fresh_adapter(model, config)
-    except ValueError as error:
-        raise ModelMismatchError(f"this model has no modules {', '.join(settings.target_modules)} to adapt: name its projections") from error
+    check_targets(model, settings.target_modules)
+    adapted = with_fresh_adapter(model, HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), task_type="CAUSAL_LM"))
     if any(parameter.requires_grad for parameter in adapted.get_base_model().get_output_embeddings().parameters()):
         raise ModelMismatchError("the head of a decoder is the client's part of a step and cannot be adapted: leave it out of target_modules")
     return adapted

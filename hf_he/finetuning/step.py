@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,11 +25,18 @@ Ask = Callable[[Ciphertext], Ciphertext]
 
 def adapted_model(model: nn.Module, settings: TrainingSettings) -> nn.Module:
     """`model` as a PEFT model with a fresh adapter of these settings; the classifier is trained too. Raises ModelMismatchError without such modules."""
+    check_targets(model, settings.target_modules)
     config = HELoraConfig(r=settings.rank, target_modules=list(settings.target_modules), modules_to_save=["classifier"], task_type="SEQ_CLS")
-    try:
-        return with_fresh_adapter(model, config)
-    except ValueError as error:
-        raise ModelMismatchError(f"this model has no modules {', '.join(settings.target_modules)} to adapt: name its linear layers") from error
+    return with_fresh_adapter(model, config)
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ModelMismatchError, with the names there are, for a target that ends the name of no linear layer: peft skips one beside others that do."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unknown:
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        raise ModelMismatchError(f"this model has no modules {', '.join(unknown)} to adapt: its linear layers are {known}")
 
 
 def make_optimizer(settings: TrainingSettings) -> Optimizer:

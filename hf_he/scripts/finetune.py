@@ -49,6 +49,9 @@ def finetune(
     epochs: Annotated[float | None, typer.Option(min=0.0001, help="Train so many epochs instead of --max-steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Linear layers with an adapter, with commas: query,value. Default: the recipe's; of a decoder, queries, keys and values.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the initial adapter and the data order.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Server processes that share each step.", rich_help_panel=ENCRYPTION)] = None,
     server: Annotated[
@@ -75,6 +78,7 @@ def finetune(
 
     logging.set_verbosity_error()
     set_default_device(device)
+    targets = None if target_modules is None else tuple(name.strip() for name in target_modules.split(","))
     if task == "lm":
         from hf_he.scripts.finetune_text import finetune_text
 
@@ -82,6 +86,7 @@ def finetune(
         refused |= {"--processes": (processes or 1) > 1, "training in the clear": not encrypted}
         refused |= {"--optimizer-location client": optimizer_location == "client", "--loss-location server": loss_location == "server"}
         options = {"steps": max_steps, "rank": lora_rank, "batch_size": batch_size, "context": context, "learning_rate": learning_rate, "backend": backend}
+        options |= {"target_modules": targets}
         finetune_text(text, model, output_dir, server, resume, json_output, refused=refused, refresh=refresh, parameters=parameters, **options)
         return
     if text is not None or context is not None:
@@ -91,7 +96,7 @@ def finetune(
     overrides = {
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
         "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes, "seed": seed,
-        "learning_rate": learning_rate, "features": features,
+        "learning_rate": learning_rate, "features": features, "target_modules": targets,
         "max_steps": -1 if epochs else max_steps, "num_train_epochs": epochs, "disable_tqdm": True,
     }  # fmt: skip
     if refresh == "bootstrap" and parameters is None:

@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny_decoder import save_tiny_decoder
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from hf_he import GenerationClient, GenerationServer, encrypted_generate
+from hf_he.cli import app
 from hf_he.errors import CheckpointError, CorruptFileError, DataError, ModelMismatchError, ParameterError, RangeError, RefreshError, TrainingError
 from hf_he.finetuning.client_folder import RUN_FILE
 from hf_he.finetuning.language import LOSSES_FILE, EncryptedTextTrainer, text_windows
@@ -18,6 +21,8 @@ from hf_he.finetuning.language_protocol import LanguageStep
 from hf_he.finetuning.language_server import LanguageFinetuneServer
 from hf_he.finetuning.language_step import next_token_loss
 from hf_he.finetuning.protocol import LOSS, Question
+from hf_he.generation.model import load_decoder
+from hf_he.keys import Keys
 from hf_he.serialization import write_file
 
 CONTEXT = 8
@@ -62,14 +67,33 @@ def test_generation_with_the_adapter_as_training_left_it(trainer, decoder, tmp_p
     found = trainer(optimizer="adamw", learning_rate=0.02)
     report = found.train()
     assert report["update_relative_error"] < 1e-2
-    adapter = tmp_path / "run" / "encrypted_adapter"
-    user = GenerationClient(decoder, found.client.backend, found.client.keys, adapter=adapter, context=CONTEXT)
-    user.server = GenerationServer(decoder, tmp_path / "run" / "client" / "keys" / "evaluation.keys", adapter=adapter, context=CONTEXT)
+    assert_generates_as(found.twin.model, decoder, found.client, tmp_path / "run")
+
+
+def assert_generates_as(tuned, decoder, client, run):
+    """With the encrypted adapter of a finished run, the tokens are those of the plaintext model `tuned`."""
+    adapter, keys = run / "encrypted_adapter", run / "client" / "keys"
+    user = GenerationClient(decoder, client.backend, Keys.load(keys), adapter=adapter, context=CONTEXT)
+    user.server = GenerationServer(decoder, keys / "evaluation.keys", adapter=adapter, context=CONTEXT)
     inputs = AutoTokenizer.from_pretrained(decoder)("the old ship", return_tensors="pt")
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = user.model.generate(**inputs, **settings, custom_generate=encrypted_generate, client=user)
-    assert tokens.tolist() == found.twin.model.generate(**inputs, **settings).tolist()
+    assert tokens.tolist() == tuned.generate(**inputs, **settings).tolist()
     assert user.last.max_logit_error < 1e-3
+
+
+def test_a_llama_with_grouped_keys_from_the_command_line(tmp_path):
+    decoder, run = save_tiny_decoder(tmp_path / "model", architecture="llama"), tmp_path / "run"
+    (tmp_path / "text").write_text(TEXT)
+    command = ["finetune", "--encrypted", "--task", "lm", "--text", tmp_path / "text", "--model", decoder, "--backend", "simulator", "--output-dir", run]
+    command += ["--max-steps", 1, "--batch-size", 2, "--context", CONTEXT, "--learning-rate", 0.05, "--json"]
+    result = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+    assert json.loads(result.stdout)["update_relative_error"] < 1e-3
+    tuned = PeftModel.from_pretrained(load_decoder(decoder).double(), run / "adapter").eval()
+    assert tuned.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj"}
+    assert_generates_as(tuned, decoder, GenerationClient.from_pretrained(decoder, backend="simulator", context=CONTEXT), run)
+    with pytest.raises(ModelMismatchError, match="no modules keys to adapt: its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj"):
+        CliRunner().invoke(app, list(map(str, [*command, "--output-dir", tmp_path / "other", "--target-modules", "q_proj, keys"])), catch_exceptions=False)
 
 
 def test_resuming_goes_on_after_the_last_finished_step(trainer):
