@@ -210,7 +210,10 @@ class Factors:
         causal: bool,
     ) -> None:
         if mask is not None and not causal and form.divisor is None and not form.length_agnostic:
-            raise ShapeError("eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True, or pass no mask")
+            raise ShapeError(
+                "eps on the sum needs public lengths where keys of all positions count: set power_softmax_length_agnostic=True in config.json "
+                "(`hf-he convert` does), then train and calibrate again, or pass no mask"
+            )
         tokens = layout.packing.tokens
         self._context, self._layout, self._mask, self._causal = context, layout, mask, causal
         self.form, self.approximation = form, approximation

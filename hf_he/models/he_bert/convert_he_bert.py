@@ -51,6 +51,7 @@ _FAMILY = StockFamily(
     },
     _SHARED_FIELDS,
 )
+_DIVIDING = ("normalized_gaussian_kernel", "power_softmax")
 
 
 def convert_bert(
@@ -62,7 +63,8 @@ def convert_bert(
 ) -> HEBertPreTrainedModel:
     """Copy a stock BERT into an HEBert of the same shape; every weight keeps its name.
 
-    With `attention_kernel="softmax"` the result computes the same function; with another kernel it needs training.
+    With `attention_kernel="softmax"` the result computes the same function; with another kernel it needs training. Kernels that divide by a sum over the
+    keys get `power_softmax_length_agnostic=True` unless told otherwise: the number of valid keys is encrypted.
 
     Args:
         source: a stock model, or a checkpoint directory or Hub name.
@@ -80,7 +82,10 @@ def convert_bert(
     source = _FAMILY.load(source)
     if source.config.is_decoder or source.config.add_cross_attention:
         raise UnsupportedModelError("HEBert is an encoder: a BERT with is_decoder or cross-attention cannot be converted.")
-    return _FAMILY.convert(source, target_class, new_modules, {"attention_kernel": attention_kernel, **config_overrides})
+    overrides: dict[str, Any] = {"attention_kernel": attention_kernel, **config_overrides}
+    if attention_kernel in _DIVIDING and config_overrides.get("power_softmax_divisor") is None:
+        overrides.setdefault("power_softmax_length_agnostic", True)
+    return _FAMILY.convert(source, target_class, new_modules, overrides)
 
 
 __all__ = ["convert_bert"]
