@@ -102,7 +102,7 @@ def test_ranks_hold_their_own_blocks_and_the_whole_result(party, features, out):
         context.shards = None if workers is None else Shards(own, workers)
         source = Operand(context, 16, own.deserialize(backend.serialize(state), "ciphertext"))
         result = linear.WaitingLinear(source, weight, bias).ciphertext
-        encoded = [plain for _, plain in context._plaintexts.values() if len(plain.batch_shape) == 2]
+        encoded = [plain for *_, plain in context._plaintexts.values() if len(plain.batch_shape) == 2]
         return own.decrypt(result, secret), sum(plain.batch_shape[0] for plain in encoded)
 
     alone, whole = layer(None)
