@@ -28,13 +28,8 @@ def save_tiny_model(directory: Path, seed: int = 0, **changes) -> Path:
     tokenizer.save_pretrained(directory)
     torch.manual_seed(seed)
     shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.3}
-    config = HEBertConfig(
-        vocab_size=len(vocabulary),
-        max_position_embeddings=32,
-        id2label={0: "negative", 1: "positive"},
-        label2id={"negative": 0, "positive": 1},
-        **shape | changes,
-    )
+    names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    config = HEBertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **names | shape | changes)
     model = HEBertForSequenceClassification(config).eval()
     tokens = tokenizer(SENTENCES, padding="max_length", max_length=32, truncation=True, return_tensors="pt")
     with torch.no_grad(), RangeTracker(model) as tracker:

@@ -33,7 +33,7 @@ from hf_he.evaluation import evaluate_model
 from hf_he.finetuning.arguments import EncryptedTrainingArguments
 from hf_he.finetuning.client import TrainingClient
 from hf_he.finetuning.client_folder import RUN_FILE, finished_step, read_run, write_run
-from hf_he.finetuning.examples import accepted, as_text_dataset, check_examples
+from hf_he.finetuning.examples import accepted, as_text_dataset, check_examples, labelled
 from hf_he.finetuning.order import DataOrder
 from hf_he.finetuning.plan import choose_step_packing
 from hf_he.finetuning.protocol import RunId, TrainingSettings
@@ -119,6 +119,7 @@ class EncryptedTrainer:
         if dataset is None:
             raise DataError("there is nothing to evaluate on: pass eval_dataset")
         training = self._opened()
+        dataset = labelled(dataset, training.client.model.config)
         result = evaluate_model(training.model, training.client.tokenizer, dataset, batch_size=self.args.per_device_eval_batch_size)
         metrics = {f"eval_{result.metric}": result.score, "eval_rows": len(dataset), "epoch": self.state.epoch}
         self.log(metrics)
@@ -168,10 +169,12 @@ class EncryptedTrainer:
         saved = read_run(own) if known else None
         keys = own / "keys"
         ready = saved is not None and (keys / SECRET_FILE).is_file() and (keys / EVALUATION_FILE).is_file()
-        dataset, args = self.train_dataset, self.args
+        args = self.args
         how = {"backend": args.backend, "parameters": args.parameter_set_name, "features": args.features}
         client = Client.from_pretrained(self.model_folder, keys=keys if ready else None, **how)
-        check_examples(dataset, client.model.config.num_labels)
+        check_examples(self.train_dataset)
+        dataset = self.train_dataset = labelled(self.train_dataset, client.model.config)
+        self.eval_dataset = None if self.eval_dataset is None else labelled(self.eval_dataset, client.model.config)
         self.order = DataOrder(len(dataset), args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed)
         if saved is None:
             saved = {"run": secrets.token_hex(8), "order_key": secrets.token_hex(32), "settings": asdict(self._calibrated(client))}

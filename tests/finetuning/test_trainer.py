@@ -258,7 +258,7 @@ class TestRefusals:
         with pytest.raises(DataError, match="nothing to train on"):
             new_trainer(data=None).train()
 
-    @pytest.mark.parametrize("label", [-1, 2, 0.5, float("nan")])
+    @pytest.mark.parametrize("label", [-1, 2, 0.5, float("nan"), "neutral", None])
     def test_labels_that_are_no_classes(self, new_trainer, label):
         data = TextDataset("mr", "train", tuple(SENTENCES), None, (1, 0, 1, 0, label))
         with pytest.raises(DataError, match="none of the model's classes 0 to 1"):
@@ -279,6 +279,23 @@ class TestRefusals:
         assert own.stat().st_mode & 0o777 == 0o700 and (own / "run.json").stat().st_mode & 0o777 == 0o600
         settings = TrainingSettings.from_bytes(json.dumps(json.loads((own / "run.json").read_text())["settings"]).encode())
         assert settings.sequences == 10
+
+
+@pytest.mark.parametrize("labels", [[1.0, 0.0, 1.0, 0.0, 1.0], ["positive", "negative", "positive", "negative", "positive"]], ids=["floats", "names"])
+def test_labels_of_other_types_are_the_same_classes(run_in_process, labels):
+    data = {"text": SENTENCES * 3, "label": labels * 3}
+    losses = [[entry["loss"] for entry in run_in_process(f"run{number}", data=data).state.log_history] for number, data in enumerate((DATA, data))]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [(4, 0, 1, 2, 3), (0.5, 1, -2.0, 3.0, 4.0)], ids=["ints", "floats"])
+def test_a_single_output_learns_numbers(new_trainer, tmp_path, labels):
+    args = EncryptedTrainingArguments(str(tmp_path / "run"), **OPTIONS | {"target_modules": ("value",)})
+    data = {"text": SENTENCES, "label": list(labels)}
+    model = save_tiny_model(tmp_path / "model", id2label={0: "score"}, label2id={"score": 0})
+    trainer = EncryptedTrainer(model, args, data, data)
+    trainer.prepare()
+    assert trainer.train_dataset.labels == labels and trainer.evaluate().keys() >= {"eval_pearson"}
 
 
 @pytest.mark.parametrize("form", [None, "numpy", "torch"])
