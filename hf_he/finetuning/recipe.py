@@ -59,8 +59,8 @@ class FinetuneRecipe:
     def training_arguments(self, **overrides: Any) -> EncryptedTrainingArguments:
         """The recipe's arguments with those of `overrides` that are not None. Raises DataError for an unknown one, ParameterError for a wrong value."""
         given = {name: value for name, value in overrides.items() if value is not None}
-        short = dict(self.short_runs)
-        if not 0 < given.get("max_steps", 0) <= short.pop("steps", 0):
+        short, steps = dict(self.short_runs), given.get("max_steps", self.arguments.get("max_steps"))
+        if type(steps) is not int or not 0 < steps <= short.pop("steps", 0):
             short.clear()
         chosen = {"report_to": "none", **self.arguments, **short, **given}
         known = {entry.name for entry in dataclasses.fields(EncryptedTrainingArguments)}

@@ -45,7 +45,10 @@ def finetune(
     loss_location: Annotated[
         Location | None, typer.Option(help="client: one round trip per micro-batch. Default: the recipe's, server.", rich_help_panel=ENCRYPTION)
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the schedule; for a few, the recipe may have a rate of its own.")] = SHORT_RUN_STEPS,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the schedule; for a few, the recipe may have a rate of its own. Default: as --config says, without it 10."),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(min=0.0001, help="Train so many epochs instead of --max-steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters.")] = None,
@@ -97,15 +100,36 @@ def finetune(
         "output_dir": output_dir, "backend": backend, "parameters": parameters, "refresh": refresh, "optimizer_location": optimizer_location,
         "loss_location": loss_location, "lora_rank": lora_rank, "per_device_train_batch_size": batch_size, "processes": processes, "seed": seed,
         "learning_rate": learning_rate, "features": features, "target_modules": targets,
-        "max_steps": -1 if epochs else max_steps, "num_train_epochs": epochs, "disable_tqdm": True,
+        "num_train_epochs": epochs, "disable_tqdm": True,
     }  # fmt: skip
     if refresh == "bootstrap" and parameters is None:
         overrides["parameters"] = "n16-bootstrap"
-    args = recipe.training_arguments(**overrides)
+    args = _scheduled(recipe, overrides, max_steps, resume, config is not None)
     if prepare and encrypted:
         _prepare(recipe, args)
     else:
         (_encrypted if encrypted else _plain)(recipe, args, server, resume, json_output)
+
+
+def _scheduled(recipe: Any, overrides: dict[str, Any], max_steps: int | None, resume: bool, own: bool) -> Any:
+    """The arguments of a run as long as the options say; without these as the run that is resumed, or as the recipe if it is the user's `own` and says."""
+    from hf_he.finetuning.client_folder import RUN_FILE, read_run
+    from hf_he.scripts.display import say
+
+    asked, why = max_steps or overrides["num_train_epochs"], "as asked for"
+    if overrides["num_train_epochs"]:
+        max_steps = -1
+    elif not asked:
+        said = own and not recipe.arguments.keys().isdisjoint(("max_steps", "num_train_epochs"))
+        max_steps, why = (None, "of the recipe") if said else (SHORT_RUN_STEPS, "a short run: --max-steps and --epochs make others")
+    args = recipe.training_arguments(**overrides, max_steps=max_steps)
+    folder = Path(args.output_dir) / "client"
+    if resume and not asked and (folder / RUN_FILE).is_file():
+        began, why = read_run(folder)["settings"].get("steps"), "of the run that goes on"
+        if began != (args.max_steps if args.max_steps > 0 else args.total_steps(len(recipe.datasets()[0]))):
+            args = recipe.training_arguments(**overrides, max_steps=began)
+    say(f"{f'{args.max_steps} steps' if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'} ({why})")
+    return args
 
 
 def _prepare(recipe: Any, args: Any) -> None:

@@ -1,6 +1,7 @@
 """`hf-he finetune`: the JSON contract, tables, the plot, plaintext mode, and refusals in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_he.checkpoints import load_classifier
 from hf_he.cli import app
-from hf_he.errors import CheckpointError, DataError, ParameterError
+from hf_he.errors import CheckpointError, DataError, ParameterError, TrainingError
 from hf_he.finetuning.recipe import FinetuneRecipe
 from hf_he.training.recipe import load_recipe
 
@@ -58,6 +59,32 @@ def test_plain_mode_gives_the_twin(recipe, tmp_path):
         run("--config", recipe, "--resume")
 
 
+def test_an_own_recipe_says_how_long_a_run_is(recipe, tmp_path):
+    def steps(*options, **arguments):
+        written = yaml.safe_load(recipe.read_text())
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump(written | {"arguments": written["arguments"] | arguments}))
+        return json.loads(run("--config", path, "--json", *options))["steps"]
+
+    assert steps(max_steps=2) == 2 and steps("--max-steps", 3, max_steps=2) == 3 and steps("--epochs", 1, max_steps=3) == 2
+    assert steps(num_train_epochs=2) == 4 and steps() == 10
+
+
+def test_without_a_recipe_ten_steps_of_the_shipped_one(monkeypatch):
+    monkeypatch.setattr("hf_he.finetuning.report.plain_run", lambda recipe, args: [recipe.task, args.max_steps, args.learning_rate])
+    assert json.loads(run("--json")) == ["mr", 10, 2e-3] and json.loads(run("--epochs", 1, "--json")) == ["mr", -1, 1e-2]
+
+
+def test_a_resumed_run_keeps_its_number_of_steps(recipe, tmp_path):
+    options = ["--encrypted", "--config", recipe, "--backend", "simulator"]
+    run(*options, "--prepare", "--max-steps", 1)
+    written = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(written | {"arguments": written["arguments"] | {"num_train_epochs": 1}}))
+    assert json.loads(run(*options, "--resume", "--json"))["steps"] == 1
+    with pytest.raises(TrainingError, match="steps is 2 now and was 1"):
+        run(*options, "--resume", "--epochs", 1)
+
+
 def test_prepare_names_the_commands(recipe, tmp_path):
     output = run("--encrypted", "--prepare", "--config", recipe, "--backend", "simulator", "--features", 1)
     assert "hf-he serve --model" in output and "--finetune FOLDER" in output and "--resume" in output
@@ -103,6 +130,8 @@ def test_short_runs_have_a_schedule_of_their_own():
     chosen = [recipe.training_arguments(max_steps=steps).settings(8528, divisor=1.0, eps=0.02, loss_bound=12.0) for steps in (10, 15, 16, -1, None)]
     assert [(run.learning_rate, run.warmup_steps) for run in chosen] == [(2e-3, 3), (2e-3, 5), (1e-2, 0), (1e-2, 0), (1e-2, 0)]
     assert recipe.training_arguments(max_steps=10, learning_rate=0.5).learning_rate == 0.5
+    own = replace(recipe, arguments=recipe.arguments | {"max_steps": 10})
+    assert own.training_arguments().learning_rate == 2e-3 and own.training_arguments(max_steps=-1).learning_rate == 1e-2
 
 
 def test_approximations_of_a_recipe_replace_those_of_a_copy(tiny, tmp_path):
