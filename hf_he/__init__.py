@@ -36,22 +36,29 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Client": "hf_he.client",
+    "Degrees": "hf_he.training.range_penalty",
     "EncryptedTensor": "hf_he.tensor",
     "EncryptedTrainer": "hf_he.finetuning.trainer",
     "EncryptedTrainingArguments": "hf_he.finetuning.arguments",
     "FinetuneServer": "hf_he.finetuning.server",
-    "HELoraConfig": "hf_he.peft",
     "GenerationClient": "hf_he.generation.client",
     "GenerationServer": "hf_he.generation.server",
+    "HELoraConfig": "hf_he.peft",
+    "RangePenalty": "hf_he.training.range_penalty",
+    "RangeTargets": "hf_he.training.range_penalty",
+    "RangedTrainer": "hf_he.training.ranged_trainer",
     "Server": "hf_he.server",
+    "calibrated": "hf_he.training.conversion",
     "connect": "hf_he.remote",
     "encrypted_generate": "hf_he.generation.generate",
     "get_backend": "hf_he.backends",
     "set_default_device": "hf_he.backends",
+    "track_ranges": "hf_he.training.range_penalty",
 }
 
 __all__ = [
     "Client",
+    "Degrees",
     "EncryptedTensor",
     "EncryptedTrainer",
     "EncryptedTrainingArguments",
@@ -74,8 +81,12 @@ __all__ = [
     "HELlamaModel",
     "HELlamaPreTrainedModel",
     "HELoraConfig",
+    "RangePenalty",
+    "RangeTargets",
     "RangeTracker",
+    "RangedTrainer",
     "Server",
+    "calibrated",
     "check_attention",
     "collect_ranges",
     "connect",
@@ -86,6 +97,7 @@ __all__ = [
     "get_backend",
     "save_hub_shim",
     "set_default_device",
+    "track_ranges",
 ]
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from tiny_model import SENTENCES, WORDS
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertTokenizer, GPTNeoXConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from hf_he import Client, EncryptedTrainer, EncryptedTrainingArguments, FinetuneServer, Server
 from hf_he.cli import app
 from hf_he.data import TextDataset
+from hf_he.errors import UnsupportedModelError
 
 
 @pytest.mark.parametrize("kernel", ["gaussian_kernel", "normalized_gaussian_kernel", "power_softmax"])
@@ -41,3 +42,11 @@ def test_converted_and_calibrated_it_runs_and_trains_encrypted(kernel, tmp_path)
         encoded = client.tokenizer(SENTENCES[:4], padding="max_length", max_length=32, truncation=True, return_tensors="pt")
         expected = client.model(**encoded, labels=torch.tensor(data.labels)).loss
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("decoder, converter", [(GPTNeoXConfig, "convert_gpt_neox"), (LlamaConfig, "convert_llama")])
+def test_decoders_are_sent_to_their_converter(decoder, converter, tmp_path):
+    decoder().save_pretrained(tmp_path / "stock")
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "stock"), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, UnsupportedModelError)
+    assert f"hf_he.{converter} as in recipes/your_own/README.md" in str(result.exception) and not (tmp_path / "out").exists()

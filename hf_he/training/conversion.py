@@ -14,6 +14,8 @@ from hf_he.models import HEBertForSequenceClassification, convert_bert
 from hf_he.nn import LayerRange
 from hf_he.training.range_penalty import Degrees, calibrate
 
+_DECODERS = {"gpt_neox": "convert_gpt_neox", "llama": "convert_llama"}
+
 
 def convert_checkpoint(source: str | Path, attention_kernel: str = "gaussian_kernel", num_labels: int | None = None) -> HEBertForSequenceClassification:
     """A stock BERT checkpoint as HEBert sequence classifier in exact mode, weights copied by name.
@@ -26,6 +28,11 @@ def convert_checkpoint(source: str | Path, attention_kernel: str = "gaussian_ker
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DataError(f"{source} is neither a folder with a saved BERT nor a model that the Hub gives here ({type(error).__name__})") from None
+    if config.model_type in _DECODERS:
+        raise UnsupportedModelError(
+            f"{source} holds a {config.model_type!r} model: convert, train and calibrate it in Python, with hf_he.{_DECODERS[config.model_type]} as in "
+            "recipes/your_own/README.md"
+        )
     with reading(source, "weights"):
         if "BertForSequenceClassification" in (config.architectures or []):
             if num_labels not in (None, config.num_labels):

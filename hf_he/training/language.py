@@ -23,7 +23,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from hf_he.corpora import Document, load_documents
 from hf_he.data import SPLITS
 from hf_he.models import HEGPTNeoXConfig, HEGPTNeoXForCausalLM
-from hf_he.nn import collect_ranges
 from hf_he.perplexity import evaluate_perplexity
 from hf_he.training.conversion import calibrated
 from hf_he.training.language_data import BlockDataset, batches, stress_blocks, token_blocks, train_tokenizer
@@ -50,21 +49,12 @@ class LanguageTrainer(RangedTrainer):
 
     def __init__(self, *args: Any, penalty_weight: float, penalty_warmup: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.penalty_weight = penalty_weight
+        self.final_weight = penalty_weight
         self.penalty_steps = max(1.0, penalty_warmup * self.args.max_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.penalty is None:
-            outputs = model(**inputs, use_cache=False)
-            terms, loss = {"label": outputs.loss}, outputs.loss
-        else:
-            with collect_ranges(model) as statistics:
-                outputs = model(**inputs, use_cache=False)
-            terms = {"label": outputs.loss, "penalty": self.penalty(statistics)}
-            weight = self.penalty_weight * min(1.0, (self.state.global_step + 1) / self.penalty_steps)
-            loss = terms["label"] + weight * terms["penalty"]
-        self.record_terms(terms)
-        return (loss, outputs) if return_outputs else loss
+        self.penalty_weight = self.final_weight * min(1.0, (self.state.global_step + 1) / self.penalty_steps)
+        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
 
 class LanguagePipeline:

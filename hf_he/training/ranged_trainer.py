@@ -1,4 +1,4 @@
-"""What every training with a range penalty shares: the mean of each loss term in the log, and no step along a gradient that is not finite."""
+"""Training with a range penalty: the model's own loss plus the penalty, the mean of each term in the log, no step along a gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -10,17 +10,35 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_he.nn import collect_ranges
 from hf_he.training.range_penalty import RangePenalty
 
 
 class RangedTrainer(Trainer):
-    """transformers' Trainer; a subclass computes its terms in `compute_loss` and hands them to `record_terms`."""
+    """transformers' Trainer whose loss is that of the model plus `penalty_weight` times `penalty`, which needs an hf_he model.
 
-    def __init__(self, *args: Any, penalty: RangePenalty | None = None, **kwargs: Any):
+    The log has both as label_loss and penalty_loss. A step whose gradient is not finite is left out and counted in `skipped_steps`. A subclass with
+    other terms computes them in `compute_loss` and hands them to `record_terms`.
+    """
+
+    def __init__(self, *args: Any, penalty: RangePenalty | None = None, penalty_weight: float = 0.1, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # losses are means: with gradient accumulation Trainer divides them
         self.penalty = penalty
+        self.penalty_weight = penalty_weight
         self.terms: dict[str, list[float]] = {}
         self.skipped_steps = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with collect_ranges(model) as statistics:
+            outputs = model(**inputs)
+        terms, loss = {"label": outputs.loss}, outputs.loss
+        if self.penalty is not None:
+            terms["penalty"] = self.penalty(statistics)
+            loss = loss + self.penalty_weight * terms["penalty"]
+        if model.training:
+            self.record_terms(terms)
+        return (loss, outputs) if return_outputs else loss
 
     def record_terms(self, terms: Mapping[str, torch.Tensor]) -> None:
         """Keep the unweighted terms of one training step for the next log."""
