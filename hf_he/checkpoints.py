@@ -20,6 +20,7 @@ DEFAULT_MODEL = "he-bert-tiny-mr"
 DEFAULT_DECODER = "he-gpt-neox-tiny"
 MODEL_CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 
+_CONVERTED_BY = {"bert": "`hf-he convert {} --out FOLDER --calibrate TEXT`", "gpt_neox": "hf_he.convert_gpt_neox", "llama": "hf_he.convert_llama"}
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
@@ -50,7 +51,13 @@ def check_architecture(directory: Path, suffix: str, needed: str) -> None:
         raise DataError(f"{directory} holds {architectures[0]}, and this needs {needed}: give the folder of a model that ends in {suffix}")
 
 
+def _check_folder(directory: Path) -> None:
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}: give that of a saved model, or the name of one in model_cards")
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
+    _check_folder(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise DataError(f"{directory} holds no config.json: give the folder of a saved model as --model")
@@ -76,6 +83,7 @@ def model_fingerprint(directory: str | Path) -> str:
     Raises DataError when `directory` holds no saved model.
     """
     directory = Path(directory)
+    _check_folder(directory)
     config, weights = directory / "config.json", sorted(directory.glob("*.safetensors"))
     if not config.is_file() or not weights:
         raise DataError(f"{directory} holds no model: give a folder with config.json and model.safetensors (make one with `hf-he convert` or `hf-he train`)")
@@ -122,11 +130,15 @@ def load_in_mode(auto_class: Any, directory: str | Path, suffix: str, what: str,
     directory = Path(directory)
     with reading(directory, what):
         check_architecture(directory, suffix, f"a {what}")
+        stock = str(_read_config(directory).get("model_type"))
+        if mode != "exact" and stock in _CONVERTED_BY:
+            how = _CONVERTED_BY[stock].format(directory)
+            raise DataError(f"{directory} holds a stock {stock}, which has no {mode} mode: convert it by {how}, and give the folder of the result")
         model = auto_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, **options).eval()
         if hasattr(model, "set_mode"):
             model.set_mode(mode)
         elif mode != "exact":
-            raise DataError(f"{type(model).__name__} has no {mode} mode: convert it (`hf-he convert`, hf_he.convert_gpt_neox, convert_llama)")
+            raise DataError(f"{type(model).__name__} has no {mode} mode: take a BERT, GPT-NeoX or Llama, which can be converted")
     return model
 
 
@@ -146,6 +158,8 @@ def load_tokenizer(source: str | Path, *, local_files_only: bool = True) -> PreT
 
     transformers makes one of special tokens alone, for which every word is unknown, where the files are missing.
     """
+    if local_files_only:
+        _check_folder(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
     except Exception as error:  # that of tokenizers for a damaged file is an Exception itself

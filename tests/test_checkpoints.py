@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from tiny_model import save_tiny_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from hf_he.checkpoints import default_decoder, default_model, find_model, load_classifier
+from hf_he.checkpoints import default_decoder, default_model, find_model, load_classifier, load_tokenizer, model_fingerprint
 from hf_he.errors import ApproximationError, CorruptFileError, DataError
 from hf_he.generation.model import load_decoder
 
@@ -24,6 +25,19 @@ def test_models_of_another_task_are_refused_instead_of_getting_a_random_head():
         load_classifier(default_decoder())
     with pytest.raises(DataError, match="holds HEBertForSequenceClassification, and this needs a decoder"):
         load_decoder(default_model())
+
+
+def test_folders_that_are_not_there_and_stock_models_say_what_to_give(tmp_path):
+    for load in (load_tokenizer, load_classifier, load_decoder, model_fingerprint):
+        with pytest.raises(DataError, match=r"there is no folder .*nowhere: give that of a saved model"):
+            load(tmp_path / "nowhere")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(DataError, match=r"bert holds a stock bert, .*: convert it by `hf-he convert .*bert --out FOLDER --calibrate TEXT`"):
+        load_classifier(tmp_path / "bert")
+    with pytest.raises(DataError, match=r"holds a stock llama, .*: convert it by hf_he.convert_llama"):
+        load_decoder(tmp_path / "llama")
 
 
 @pytest.mark.parametrize("value", [[], [1.0], None, "ab", 3])

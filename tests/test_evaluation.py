@@ -176,8 +176,10 @@ def test_encrypted_mode_counts_refused_sentences_as_wrong(directory, sst2_folder
 def test_command_says_what_is_wrong(directory, sst2_folder, tmp_path):
     unknown = run("--model", directory, "--mode", "fast", "--task", "sst2", "--data-dir", sst2_folder)
     assert unknown.exit_code == 2 and all(name in unknown.output for name in ("--mode", "fast", "exact", "polynomial", "encrypted"))
-    empty = run("--model", tmp_path / "nowhere", "--task", "sst2", "--split", "dev", "--data-dir", sst2_folder)
-    assert isinstance(empty.exception, DataError) and "holds no config.json" in str(empty.exception)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "there is no folder"), ("empty", "holds no config.json")):
+        wrong = run("--model", tmp_path / name, "--task", "sst2", "--split", "dev", "--data-dir", sst2_folder)
+        assert isinstance(wrong.exception, DataError) and message in str(wrong.exception)
 
 
 def test_missing_scikit_learn_is_a_data_error(monkeypatch):
