@@ -38,7 +38,7 @@ def convert(
         model = calibrated(model, track_ranges(model, batches), degrees, margin)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    state = "calibrated, polynomial mode" if calibrate is not None else "exact mode; train it with `hf-he train`, which also calibrates"
+    state = "calibrated, polynomial mode" if calibrate is not None else "exact mode; recipes/your_own/README.md trains and calibrates it"
     console.print(f"{out}: {type(model).__name__}, {attention_kernel}, {sum(p.numel() for p in model.parameters()):,} parameters, {state}")
 
 
