@@ -169,9 +169,10 @@ def publish(
     out: Annotated[Path, typer.Option(help="Folder for the copy that may be shown to others.")],
     precision: Annotated[float, typer.Option(min=1e-9, max=1, help="Deviation of the noise, relative to the root mean square of each matrix.")] = 0.01,
     error: Annotated[float | None, typer.Option(min=1e-300, help="Bound of the values' errors: prints how much of them the copy shows.")] = None,
+    json_output: Json = False,
 ) -> None:
     """Copy an adapter with noise that hides what its decryption shows of the secret key (SECURITY.md)."""
-    _load("publish").publish(adapter, out, precision, error)
+    _load("publish").publish(adapter, out, precision, error, json_output)
 
 
 @app.command(rich_help_panel=CLASSIFY)

@@ -80,6 +80,11 @@ class InferenceResult:
         """Predicted label names, None for refused sentences."""
         return [self.label_name(sentence.prediction) for sentence in self.sentences]
 
+    @property
+    def logits(self) -> list[tuple[float, ...] | None]:
+        """Decrypted logits [num_labels] of each sentence, None for refused ones; of a regression, the number."""
+        return [sentence.logits for sentence in self.sentences]
+
     def label_name(self, index: int | None) -> str | None:
         return None if index is None else self.label_names.get(index, str(index))
 

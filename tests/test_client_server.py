@@ -43,6 +43,12 @@ class TestInference:
         result = client.infer(Server(tmp_path, client.keys.evaluation), SENTENCES)
         assert client.packing.features == features and result.agreement == 1.0 and result.max_logit_error < 3e-6
 
+    def test_a_regression_answers_with_its_logit(self, tmp_path):
+        client = keyed_client(save_tiny_model(tmp_path, id2label={0: "score"}, label2id={"score": 0}))
+        result = client.infer(Server(tmp_path, client.keys.evaluation), SENTENCES)
+        assert np.shape(result.logits) == (len(SENTENCES), 1) and np.ptp(result.logits) > 1e-3
+        np.testing.assert_allclose(result.logits, [sentence.plaintext_logits for sentence in result.sentences], atol=3e-6)
+
     def test_sentences_fill_several_ciphertexts(self, client, server):
         lanes = client.packing.sequences
         texts = [SENTENCES[i % len(SENTENCES)] for i in range(lanes + 3)]
@@ -235,4 +241,4 @@ class TestDamage:
 
 def test_results_without_labels_or_answers():
     empty = InferenceResult([Sentence("x", 1, 3, False, "refused")], {})
-    assert (empty.agreement, empty.accuracy, empty.max_logit_error) == (None, None, None)
+    assert (empty.agreement, empty.accuracy, empty.max_logit_error) == (None, None, None) and empty.logits == [None]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from tiny_model import SENTENCES
+from typer.testing import CliRunner
 
+from hf_he.cli import app
 from hf_he.errors import CorruptFileError, ParameterError
 from hf_he.flooding import GRID_BITS, flood, leaked_bits
 from hf_he.scripts.publish import publish
@@ -69,6 +71,9 @@ def test_a_published_adapter(tmp_path, capsys):
         assert noise.all() and noise.std() < 0.03 * value.std() and published[name].dtype == value.dtype
     said = capsys.readouterr().out
     assert "32 values" in said and "bits about errors of up to 1e-06" in " ".join(said.split())
+    result = CliRunner().invoke(app, ["publish", str(own), "--out", str(out), "--error", "1e-6", "--json"], catch_exceptions=False)
+    data = json.loads(result.stdout)
+    assert data == {"adapter": str(out), "values": 32, "precision": 0.01, "error": 1e-6, "bits": data["bits"]} and 0 < data["bits"] < 1
     with pytest.raises(ParameterError, match="another --out"):
         publish(own, own, 0.01, None)
     save_file({"a.lora_B.weight": torch.zeros(8, 2)}, own / "adapter_model.safetensors")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from hf_he.errors import CorruptFileError, ParameterError
 from hf_he.flooding import flood, leaked_bits
 from hf_he.generation.model import ADAPTER_FILES
-from hf_he.scripts.display import console
+from hf_he.scripts.display import console, print_json
 from hf_he.serialization import read_file, write_file
 
 
-def publish(adapter: Path, out: Path, precision: float, error: float | None) -> None:
+def publish(adapter: Path, out: Path, precision: float, error: float | None, json_output: bool = False) -> None:
     """Write the PEFT adapter in `adapter` to `out` with Gaussian noise, of `precision` times the root mean square of each matrix.
 
     With a bound of the values' errors, say what the copy shows of them. Raises CorruptFileError for a folder without an adapter.
@@ -37,7 +37,11 @@ def publish(adapter: Path, out: Path, precision: float, error: float | None) -> 
     flooded = {name: torch.from_numpy(flood(value, deviations[name])).to(weights[name].dtype) for name, value in values.items()}
     write_file(out / config_file, config)
     save_file(flooded, out / weights_file)
-    console.print(f"{sum(value.size for value in values.values())} values with noise of {precision:g} of their size: {out}")
-    if error is not None:
-        bits = sum(leaked_bits(error, value.size, deviations[name]) for name, value in values.items())
+    count = sum(value.size for value in values.values())
+    bits = None if error is None else sum(leaked_bits(error, value.size, deviations[name]) for name, value in values.items())
+    if json_output:
+        print_json({"adapter": str(out), "values": count, "precision": precision, "error": error, "bits": bits})
+        return
+    console.print(f"{count} values with noise of {precision:g} of their size: {out}")
+    if bits is not None:
         console.print(f"at most {bits:.2g} bits about errors of up to {error:g}, and so about the secret key")
