@@ -139,7 +139,7 @@ def _prepare(recipe: Any, args: Any) -> None:
     trainer = EncryptedTrainer(recipe.start_model(args.output_dir), args, recipe.datasets()[0], announce=say)
     keys = trainer.prepare()
     console.print(f"on the server: hf-he serve --model {trainer.model_folder} --evaluation-keys {keys} --finetune FOLDER", soft_wrap=True)
-    console.print(f"here: hf-he finetune --encrypted --resume --output-dir {trainer.folder} --server URL", soft_wrap=True)
+    console.print("here: this command again, with --resume --server URL in place of --prepare", soft_wrap=True)
 
 
 def _encrypted(recipe: Any, args: Any, urls: list[str] | None, resume: bool, json_output: bool) -> None:

@@ -87,7 +87,7 @@ def test_a_resumed_run_keeps_its_number_of_steps(recipe, tmp_path):
 
 def test_prepare_names_the_commands(recipe, tmp_path):
     output = run("--encrypted", "--prepare", "--config", recipe, "--backend", "simulator", "--features", 1)
-    assert "hf-he serve --model" in output and "--finetune FOLDER" in output and "--resume" in output
+    assert "hf-he serve --model" in output and "--finetune FOLDER" in output and "this command again, with --resume" in output
     assert (tmp_path / "run" / "client" / "keys" / "evaluation.keys").is_file()
     assert json.loads((tmp_path / "run" / "client" / "run.json").read_text())["settings"]["features"] == 1
     with pytest.raises(ParameterError, match="--features has no meaning with --task lm"):
