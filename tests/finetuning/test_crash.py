@@ -22,7 +22,7 @@ from tiny_run import DATA, OPTIONS
 CRASHES = int(os.environ.get("HF_HE_CRASHES", "2"))
 SEED = int(os.environ.get("HF_HE_CRASH_SEED", "0"))
 STEPS = 4
-BOUND = 1e-4
+BOUND = 8e-5
 PROGRAM = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -135,4 +135,4 @@ def test_killed_at_random_moments_it_resumes_and_ends_the_same(tiny, tmp_path):
     noise, *differences = [difference(expected, path / "adapter") for path in (tmp_path / "alone", *{*ended, folder})]
     print(f"killed {dict(kills)}, {len(differences)} runs: relative differences up to {max(differences):.1e}; left alone {noise:.1e}")
     assert max(noise, *differences) < BOUND
-    assert difference(expected, lost) > 10 * BOUND
+    assert difference(expected, lost) > 1e-3
